@@ -1,0 +1,33 @@
+"""The fully connected CRF (Kraehenbuehl and Koltun, 2011), which sharpens the labels and the predictions.
+
+One file to copy: it needs numpy and pydensecrf (from PyPI: pydensecrf2).
+"""
+import numpy as np
+import pydensecrf.densecrf as densecrf
+from pydensecrf.utils import unary_from_softmax
+
+
+def dense_crf(image, probabilities, bilateral=(4.0, 55.0, 3.0), gaussian=(3.0, 3.0), iterations=10):
+    """Mean-field inference with -log probabilities as unaries and two Potts terms.
+
+    image (H, W, 3): uint8 RGB, the picture itself, without normalisation.
+    probabilities (L, H, W): positive, summing to 1 over L (up to rounding).
+    bilateral: weight, standard deviations in pixels and in colour (0..255); gaussian: weight, pixels.
+    The defaults are the paper's for labels.
+    Returns the marginals (L, H, W), float32. Raises ValueError for arrays of other shapes or types.
+    """
+    image, probabilities = np.asarray(image), np.asarray(probabilities)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} {image.shape}, not uint8 (H, W, 3)")
+    if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2]:
+        raise ValueError(f"probabilities are {probabilities.shape}, not (L, {image.shape[0]}, {image.shape[1]})")
+    labels, height, width = probabilities.shape
+    if labels == 1:
+        return np.ones(probabilities.shape, np.float32)
+    crf = densecrf.DenseCRF2D(width, height, labels)
+    unary = unary_from_softmax(probabilities.astype(np.float32), clip=1e-5)  # log 0 would forbid a label for good
+    crf.setUnaryEnergy(np.ascontiguousarray(unary))
+    crf.addPairwiseGaussian(sxy=gaussian[1], compat=gaussian[0])
+    crf.addPairwiseBilateral(sxy=bilateral[1], srgb=bilateral[2], compat=bilateral[0],
+                             rgbim=np.ascontiguousarray(image))
+    return np.array(crf.inference(iterations), np.float32).reshape(labels, height, width)

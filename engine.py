@@ -1,0 +1,392 @@
+"""What the four scripts share: settings from YAML, checkpoints, logs, and the training loop of stages 1 and 3."""
+import difflib
+import importlib
+import json
+import math
+import os
+import multiprocessing
+import sys
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import datasets
+import models
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
+SCRIPTS = ("train_cls", "make_labels", "train_seg", "eval")
+MADE_BY = {"cls.pt": "train_cls.py", "labels": "make_labels.py", "seg.pt": "train_seg.py"}
+
+
+class UsageError(ValueError):
+    """A fault of settings, checkpoints or order of the stages. One line: what is wrong, and the way out."""
+
+
+@dataclass
+class Run:
+    """Section `run` of the YAML file: what holds for every stage."""
+    name: str = "shapes"  # results go to runs/NAME
+    seed: int = 0
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
+    workers: int = 2  # processes that read images, or that run the CRF
+    log_every: int = 20  # iterations from one line of metrics.jsonl to the next
+    save_every: int = 100  # iterations from one checkpoint to the next
+    mean_over: list[str] = field(default_factory=list)  # also report the mean IoU over these labels
+
+
+@dataclass
+class Training:
+    """Settings that stages 1 and 3 share. The defaults are the paper's."""
+    backbone: str = "vgg16"  # vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME
+    weights: str = "imagenet"  # imagenet, imagenet_features, none, or a file
+    width: float = 1.0  # of vgg16: a factor on every layer's channels
+    iterations: int = 8000
+    batch: int = 20
+    crop: int = 321  # pixels, 8 k + 1
+    scale: list[float] = field(default_factory=lambda: [0.5, 1.5])  # of images, before the crop
+    jitter: float = 0.5  # brightness, contrast, saturation
+    lr: float = 1e-3
+    new_lr: float = 10.0  # factor on lr of parameters that do not start from pretrained ones
+    double_bias: bool = True  # biases at twice the rate, without decay, as in Caffe
+    momentum: float = 0.9
+    decay: float = 5e-4
+    poly: float = 0.9  # lr x (1 - iteration / iterations) ^ poly
+    drop_at: int = 0  # instead of poly: lr x 0.1 from this iteration on; 0: poly
+    balance: bool = False  # draw images so that rare classes come as often as frequent ones
+
+
+# ---------------------------------------------------------------- settings
+
+
+def nearest(word, words):
+    return "".join(f"; did you mean {w}?" for w in difflib.get_close_matches(word, words, 1, 0.4))
+
+
+def convert(value, kind, key, where):
+    """`value` as YAML read it -> the type that the dataclass asks for."""
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise UsageError(f"{where}: {key} is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
+    if get_origin(kind) is list:
+        if isinstance(value, list):
+            return [convert(v, get_args(kind)[0], key, where) for v in value]
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    name = kind.__name__ if get_origin(kind) is None else f"list of {get_args(kind)[0].__name__}"
+    raise UsageError(f"{where}: {key} is {value!r}, not a {name}")
+
+
+def configure(script, arguments):
+    """Settings of every section: defaults, then the YAML file, then `key=value` arguments.
+
+    arguments: [CONFIG.yaml] [section.key=value ...]; a bare key is one of the script's own section, or of `run`.
+    Returns a namespace: run, data, train_cls, make_labels, train_seg, eval, and path, the folder runs/NAME.
+    """
+    sections = {"run": Run, "data": datasets.Settings}
+    sections |= {name: importlib.import_module(name).Settings for name in SCRIPTS}
+    config = {name: section() for name, section in sections.items()}
+
+    def put(section, key, value, where):
+        kinds = get_type_hints(sections[section])
+        if key not in kinds:
+            raise UsageError(f"{where}: unknown setting {section}.{key}{nearest(key, kinds)}")
+        setattr(config[section], key, convert(value, kinds[key], f"{section}.{key}", where))
+
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise UsageError(f"{files[1]}: a second settings file; usage: python {script}.py [CONFIG.yaml] [key=value ...]")
+    path = Path(files[0]) if files else DEFAULT_CONFIG
+    for section, content in read_yaml(path).items():
+        if section not in sections:
+            raise UsageError(f"{path}: unknown section {section}{nearest(str(section), sections)}")
+        if not isinstance(content, dict | None):
+            raise UsageError(f"{path}: section {section} is {content!r}, not a list of key: value")
+        for key, value in (content or {}).items():
+            put(section, str(key), value, path)
+    for argument in arguments:
+        if "=" in argument:
+            key, _, text = argument.partition("=")
+            section, _, name = key.rpartition(".")
+            if not section:
+                section = script if name in get_type_hints(sections[script]) else "run"
+                if name not in get_type_hints(sections[section]):
+                    section = script
+            if section not in sections:
+                raise UsageError(f"{argument}: unknown section {section}{nearest(section, sections)}")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                value = text
+            value = text if get_type_hints(sections[section]).get(name) is str else value
+            put(section, name, value, "command line")
+    if Path(config["run"].name).name != config["run"].name or config["run"].name in ("", "..", "."):
+        raise UsageError(f"run.name is {config['run'].name!r}, not the name of a folder under runs/")
+    config = SimpleNamespace(**config, path=Path("runs") / config["run"].name)
+    config.device = torch.device("cuda" if config.run.device == "auto" and torch.cuda.is_available()
+                                 else config.run.device.replace("auto", "cpu"))
+    if config.data.shapes and not Path(config.data.root).exists():
+        print(f"writing the shapes set to {config.data.root}")
+        datasets.make_shapes(config.data.root)
+    return config
+
+
+def read_yaml(path):
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; configs/ holds the settings files") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict | None):
+        raise UsageError(f"{path}: not sections of key: value")
+    return content or {}
+
+
+def run(script, main):
+    """A script's entry: its settings to `main`; a user's fault ends as one line on stderr and status 2."""
+    try:
+        main(configure(script, sys.argv[1:]))
+    except (datasets.DataError, models.WeightsError, UsageError) as error:
+        # From a DataLoader's worker the message comes wrapped in its traceback, itself last.
+        line = str(error).strip().splitlines()[-1]
+        print(f"{script}.py: {line.split('Error: ', 1)[-1]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}.py: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------- files under runs/NAME
+
+
+def write(path, put):
+    """A file whole or not at all: put(temporary) writes it beside, then it takes its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        put(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def log(config, **values):
+    """One more line of runs/NAME/metrics.jsonl."""
+    config.path.mkdir(parents=True, exist_ok=True)
+    with open(config.path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+
+
+def read_checkpoint(path):
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if isinstance(content, dict) else {}
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing: make it with python {MADE_BY[path.name]}") from None
+    except Exception:
+        raise UsageError(f"{path}: not a checkpoint; make it anew with python {MADE_BY[path.name]}") from None
+
+
+def load_network(config, name, network, settings):
+    """runs/NAME/cls.pt or seg.pt into a network in evaluation mode; its backbone and classes must be the settings'."""
+    path = config.path / name
+    checkpoint = read_checkpoint(path)
+    here = dict(backbone=settings.backbone, width=settings.width)
+    if checkpoint.get("network") != here:
+        raise UsageError(f"{path}: holds the network {checkpoint.get('network')}, but the settings say {here}")
+    if checkpoint.get("classes") != config.data.classes:
+        raise UsageError(f"{path}: was trained on the classes {checkpoint.get('classes')}, not on data.classes")
+    try:
+        network.load_state_dict(checkpoint["model"])
+    except (KeyError, RuntimeError, AttributeError):
+        raise UsageError(f"{path}: holds other weights than its network has; train it anew") from None
+    return network.eval().to(config.device, memory_format=torch.channels_last)
+
+
+def autocast(config):
+    return torch.autocast(config.device.type, torch.bfloat16, enabled=config.run.precision == "bf16")
+
+
+def overlap(workers, function, tasks):
+    """Run `function` in worker processes while `tasks` goes on.
+
+    tasks yields pairs (kept, arguments); this yields (kept, function(*arguments)) in the same order. At most two
+    tasks a worker wait, so memory stays flat. workers=0: in this process.
+    """
+    if not workers:
+        yield from ((kept, function(*arguments)) for kept, arguments in tasks)
+        return
+    # spawn: a fork would copy this process's threads' locks, and its GPU.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = deque()
+        for kept, arguments in tasks:
+            waiting.append((kept, pool.submit(function, *arguments)))
+            if len(waiting) > 2 * workers:
+                kept, future = waiting.popleft()
+                yield kept, future.result()
+        for kept, future in waiting:
+            yield kept, future.result()
+
+
+# ---------------------------------------------------------------- scores
+
+
+def true_masks(config):
+    """The folder of true masks, or None where there is none."""
+    folder = Path(config.data.root, config.data.masks).resolve()
+    return folder if folder.is_dir() else None
+
+
+def spread(items, count):
+    """`count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def confusion(truth, labels, num_labels):
+    """Pixels by true and given label: (num_labels, num_labels + 1) int64; void in the truth is left out, void in
+    the given labels counts in the last column, as a mistake. Both (H, W) uint8.
+    """
+    known = truth != datasets.VOID
+    given = np.minimum(labels[known], num_labels).astype(np.int64)
+    pairs = truth[known].astype(np.int64) * (num_labels + 1) + given
+    return np.bincount(pairs, minlength=num_labels * (num_labels + 1)).reshape(num_labels, num_labels + 1)
+
+
+def scores(matrix, names, config):
+    """Of one confusion matrix over a whole split, in per cent: IoU = right / (true + given - right) of each label,
+    None where it is neither true nor given; their mean; the mean over run.mean_over; pixel and mean accuracy.
+    """
+    right, true = matrix.diagonal(), matrix.sum(1)
+    union = true + matrix[:, :len(names)].sum(0) - right
+    iou = {name: 100 * r / u if u else None for name, r, u in zip(names, right.tolist(), union.tolist())}
+
+    def mean(values):
+        values = [v for v in values if v is not None]
+        return sum(values) / len(values) if values else math.nan
+
+    unknown = [name for name in config.run.mean_over if name not in names]
+    if unknown:
+        raise UsageError(f"run.mean_over: no label {unknown[0]}{nearest(unknown[0], names)}")
+    result = dict(miou=mean(iou.values()), iou=iou)
+    if config.run.mean_over:
+        result["miou_over"] = mean(iou[name] for name in config.run.mean_over)
+    result["pixel_accuracy"] = 100 * right.sum().item() / max(true.sum().item(), 1)
+    result["mean_accuracy"] = mean([100 * r / t if t else None for r, t in zip(right.tolist(), true.tolist())])
+    return result
+
+
+def show(title, columns):
+    """A table on screen: columns name -> scores; IoU of each label, then the means."""
+    def row(name, values):
+        cells = "".join("       -" if v is None else f"{v:8.1f}" for v in values)
+        print(f"  {name:<16}{cells}")
+
+    results = list(columns.values())
+    print(f"\n{title}\n  {'IoU, %':<16}" + "".join(f"{name:>8}" for name in columns))
+    for name in results[0]["iou"]:
+        row(name, [r["iou"][name] for r in results])
+    for key, name in (("miou", "mean"), ("miou_over", "mean_over"), ("pixel_accuracy", "pixel accuracy"),
+                      ("mean_accuracy", "mean accuracy")):
+        if key in results[0]:
+            row(name, [r[key] for r in results])
+
+
+# ---------------------------------------------------------------- training
+
+
+def rate(settings, iteration):
+    """Factor on the learning rate at an iteration."""
+    if settings.drop_at:
+        return 0.1 if iteration >= settings.drop_at else 1.0
+    return (1 - iteration / settings.iterations) ** settings.poly
+
+
+def train(config, script, settings, network, dataset, losses):
+    """Train `network` with SGD and write its checkpoint (cls.pt or seg.pt).
+
+    losses(network, batch) -> dict of scalars, among them `loss`, which is minimised. Every save_every iterations
+    NAME.partial holds all that the run needs to go on; where it lies, the run goes on from it.
+    """
+    name = {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
+    state = dict(settings=[asdict(config.data), asdict(settings), config.run.seed], iteration=0)
+    network = network.train().to(config.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameter_groups(settings.lr, settings.decay, settings.new_lr, settings.double_bias),
+        lr=settings.lr, momentum=settings.momentum)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(settings, i))
+    parts = dict(model=network, optimizer=optimizer, schedule=schedule)
+    partial = config.path / f"{name}.partial"
+    if partial.exists():
+        resume(partial, state, parts)
+
+    weights = datasets.balance_weights(dataset) if settings.balance else None
+    stream = datasets.Stream(dataset, settings.iterations * settings.batch, config.run.seed, weights)
+    left = Subset(stream, range(state["iteration"] * settings.batch, len(stream)))
+    loader = DataLoader(left, settings.batch, num_workers=config.run.workers, collate_fn=datasets.collate,
+                        pin_memory=config.device.type == "cuda")
+    bar = tqdm(loader, script, initial=state["iteration"], total=settings.iterations, dynamic_ncols=True)
+    for iteration, batch in enumerate(bar, state["iteration"] + 1):
+        batch["image"] = batch["image"].to(config.device, non_blocking=True, memory_format=torch.channels_last)
+        with autocast(config):
+            values = losses(network, batch)
+        optimizer.zero_grad(set_to_none=True)
+        values["loss"].backward()
+        optimizer.step()
+        schedule.step()
+        if iteration % config.run.log_every == 0 or iteration == settings.iterations:
+            values = {k: round(v.item(), 5) for k, v in values.items()}
+            if not math.isfinite(values["loss"]):
+                raise UsageError(f"the loss is {values['loss']} at iteration {iteration}, images "
+                                 f"{' '.join(batch['id'])}; try a smaller {script}.lr")
+            bar.set_postfix(loss=values["loss"], lr=f"{schedule.get_last_lr()[0]:.2g}")
+            log(config, stage=script, iteration=iteration, lr=schedule.get_last_lr()[0], **values)
+        if iteration % config.run.save_every == 0 and iteration < settings.iterations:
+            state |= dict(iteration=iteration, random=torch.get_rng_state())
+            state |= {key: part.state_dict() for key, part in parts.items()}
+            write(partial, lambda path: torch.save(state, path))
+
+    checkpoint = dict(network=dict(backbone=settings.backbone, width=settings.width),
+                      classes=config.data.classes, settings=asdict(settings), model=network.state_dict())
+    write(config.path / name, lambda path: torch.save(checkpoint, path))
+    partial.unlink(missing_ok=True)
+    print(f"{config.path / name}: {settings.iterations} iterations, seed {config.run.seed}")
+
+
+def resume(path, state, parts):
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["settings"] != state["settings"]:
+            raise UsageError(f"{path}: an unfinished run with other settings; finish it with those, or delete it")
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+        torch.set_rng_state(saved["random"])
+    except UsageError:
+        raise
+    except Exception:
+        raise UsageError(f"{path}: cannot be read; delete it to start this stage anew") from None
+    state["iteration"] = saved["iteration"]
+    print(f"going on from iteration {state['iteration']} ({path})")

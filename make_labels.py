@@ -1,0 +1,192 @@
+"""Stage 2 (section 3.2 of the paper): classifier and boxes -> the pseudo labels Ycrf and Yret, and their scores.
+
+    python make_labels.py [CONFIG.yaml] [key=value ...]
+
+Reads data.root and runs/NAME/cls.pt; writes runs/NAME/labels/Ycrf/ID.png and Yret/ID.png for the lists data.train
+and data.val, u0/ID.png for a few of them, and scores.json where data.masks holds true masks.
+"""
+import math
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import datasets
+import engine
+import models
+from crf import dense_crf
+
+
+@dataclass
+class Settings:
+    """Section `make_labels` of the YAML file."""
+    splits: list[str] = field(default_factory=list)  # lists to label; none: data.train and data.val
+    u0: bool = True  # background attention as the background's unary; false: its own activation map
+    threshold: float = 0.99  # u0 below this share of its maximum inside the boxes becomes 0
+    cam_norm: Literal["box", "class"] = "box"  # an activation map is divided by its maximum in each box, or in all
+    softmax: bool = True  # over {u0, u_c} before the CRF; false: divided by their sum
+    crf_bilateral: list[float] = field(default_factory=lambda: [4.0, 55.0, 3.0])  # weight, pixels, colour
+    crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
+    crf_iterations: int = 10
+    pictures: int = 8  # images of each list whose u0 is kept as a picture
+
+
+def region(box):
+    """Rows and columns of the pixels that a box touches."""
+    x0, y0, x1, y1 = box
+    return slice(max(math.floor(y0), 0), math.ceil(y1)), slice(max(math.floor(x0), 0), math.ceil(x1))
+
+
+def regions(boxes, labels, classes, size):
+    """The union of each class's boxes: (len(classes), H, W) bool."""
+    inside = torch.zeros(len(classes), *size, dtype=torch.bool)
+    for box, label in zip(boxes.tolist(), labels.tolist()):
+        inside[(classes.index(label), *region(box))] = True
+    return inside
+
+
+def background_attention(up, weight, outside, s):
+    """u0 (H, W) in [0, 1]: 1 outside boxes; inside them ReLU(cos(f(p), q)), q the mean feature outside.
+
+    Without u0, or where no pixel is outside: the activation map ReLU(f . w_0), divided by its maximum.
+    """
+    if s.u0 and outside.any():
+        attention = F.relu(up.cosine(up.mean(outside[None])))[0]
+    else:
+        attention = F.relu(up.dot(weight[:1]))[0]
+        attention = attention / attention.max().clamp(min=1e-12)
+    return attention.masked_fill(outside, 1).clamp(max=1)
+
+
+def activation_maps(up, weight, boxes, labels, classes, s):
+    """u_c (len(classes), H, W) in [0, 1]: ReLU(f . w_c) over its maximum inside the class's boxes, 0 outside."""
+    cams = F.relu(up.dot(weight[classes]))
+    result = torch.zeros_like(cams)
+    if s.cam_norm == "class":
+        result = cams * regions(boxes, labels, classes, cams.shape[1:]).to(cams.device)
+        return result / result.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    for box, label in zip(boxes.tolist(), labels.tolist()):
+        where = (classes.index(label), *region(box))
+        result[where] = result[where].maximum(cams[where] / cams[where].max().clamp(min=1e-12))
+    return result
+
+
+def unaries(attention, maps, outside, s):
+    """{u0, u_c} -> probabilities (1 + classes, H, W) for the CRF; background for sure outside the boxes."""
+    if s.threshold:
+        inside = attention.masked_fill(outside, 0)
+        attention = attention.where(outside | (inside >= s.threshold * inside.max()), 0)
+    u = torch.cat((attention[None], maps))
+    u = u.softmax(0) if s.softmax else (u + 1e-6) / (u + 1e-6).sum(0)
+    sure = torch.zeros_like(u)
+    sure[0] = 1
+    return torch.where(outside, sure, u)
+
+
+def retrieve(up, weight, y_crf, classes, outside):
+    """Yret (H, W): argmax_c of ReLU(cos(f(p), q_c)), q_c the mean feature of what Ycrf labels c; background outside
+    boxes. A class that Ycrf lacks is represented by its row of the classifier.
+    """
+    labels = torch.tensor([0, *classes], device=y_crf.device)
+    masks = y_crf == labels[:, None, None]
+    prototypes = torch.where(masks.any(2).any(1)[:, None], up.mean(masks), weight[labels])
+    best = F.relu(up.cosine(prototypes)).argmax(0)
+    return labels[best].masked_fill(outside, 0)
+
+
+def box_labels(boxes, labels, size):
+    """The baseline: every box filled with its class, smaller boxes over larger ones -> (H, W) uint8."""
+    filled = np.zeros(size, np.uint8)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for k in areas.argsort(descending=True).tolist():
+        filled[region(boxes[k].tolist())] = labels[k]
+    return filled
+
+
+@torch.inference_mode()
+def prepare(config, network, sample):
+    """One image through the network -> what `finish` needs, and the arguments of dense_crf."""
+    s, device = config.make_labels, config.device
+    boxes, labels = sample["boxes"].as_subclass(torch.Tensor), sample["labels"]
+    classes = sorted(set(labels.tolist()))
+    image = sample["image"].as_subclass(torch.Tensor)
+    size = tuple(image.shape[1:])
+    with engine.autocast(config):
+        features = network.features(image[None].to(device, memory_format=torch.channels_last))[0].float()
+    up = models.Upsampled(features, size, models.padded_size(size))
+    outside = sample["background"].as_subclass(torch.Tensor)[0].to(device) == 1
+    weight = network.classifier.weight.float()
+    attention = background_attention(up, weight, outside, s)
+    maps = activation_maps(up, weight, boxes, labels, classes, s)
+    probabilities = unaries(attention, maps, outside, s)
+    crf = (image.permute(1, 2, 0).numpy(), probabilities.cpu().numpy(),
+           tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations)
+    return (sample["id"], up, outside, boxes, labels, classes, attention.cpu()), crf
+
+
+@torch.inference_mode()
+def finish(network, prepared, marginals):
+    """-> Ycrf and Yret (H, W), uint8. A class is possible inside its own boxes only."""
+    _, up, outside, boxes, labels, classes, _ = prepared
+    marginals = torch.from_numpy(marginals)
+    marginals[1:] *= regions(boxes, labels, classes, marginals.shape[1:])
+    y_crf = torch.tensor([0, *classes])[marginals.argmax(0)].to(outside.device)
+    y_ret = retrieve(up, network.classifier.weight.float(), y_crf, classes, outside)
+    return y_crf.byte().cpu().numpy(), y_ret.byte().cpu().numpy()
+
+
+def label_split(config, network, split):
+    """Labels of one list; returns its scores, None without true masks."""
+    s, folder = config.make_labels, config.path / "labels"
+    truth = engine.true_masks(config)
+    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth] if truth else ())
+    names = ["background", *config.data.classes]
+    matrices = {kind: np.zeros((len(names), len(names) + 1), np.int64) for kind in ("box", "Ycrf", "Yret")}
+    pictures = set(engine.spread(dataset.ids, s.pictures))
+    truths = deque()
+
+    def tasks():
+        loader = DataLoader(dataset, batch_size=None, num_workers=config.run.workers)
+        for sample in tqdm(loader, f"make_labels {split}", dynamic_ncols=True):
+            truths.append(sample["masks"][0].numpy() if truth else None)
+            yield prepare(config, network, sample)
+
+    for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
+        name, _, _, boxes, labels, _, attention = prepared
+        y_crf, y_ret = finish(network, prepared, marginals)
+        datasets.write_mask(folder / "Ycrf" / f"{name}.png", y_crf)
+        datasets.write_mask(folder / "Yret" / f"{name}.png", y_ret)
+        if name in pictures:
+            grey = Image.fromarray((attention * 255).byte().numpy())
+            engine.write(folder / "u0" / f"{name}.png", lambda path: grey.save(path, "PNG"))
+        mask = truths.popleft()
+        if truth:
+            for kind, y in dict(box=box_labels(boxes, labels, mask.shape), Ycrf=y_crf, Yret=y_ret).items():
+                matrices[kind] += engine.confusion(mask, y, len(names))
+    if truth:
+        return {"images": len(dataset), **{k: engine.scores(m, names, config) for k, m in matrices.items()}}
+
+
+def main(config):
+    s = config.make_labels
+    network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
+    network = engine.load_network(config, "cls.pt", network, config.train_cls)
+    result = {"settings": asdict(s), "seed": config.run.seed}
+    for split in dict.fromkeys(s.splits or (config.data.train, config.data.val)):
+        result[split] = label_split(config, network, split)
+        if result[split]:
+            title = f"labels of {split}, {result[split]['images']} images"
+            engine.show(title, {k: result[split][k] for k in ("box", "Ycrf", "Yret")})
+            engine.log(config, stage="make_labels", split=split,
+                       **{k: result[split][k]["miou"] for k in ("box", "Ycrf", "Yret")})
+    engine.write_json(config.path / "labels" / "scores.json", result)
+
+
+if __name__ == "__main__":
+    engine.run("make_labels", main)

@@ -1,0 +1,501 @@
+"""Background-aware pooling (section 3.1 of the paper), the box classifier that learns with it, the feature
+maps its pseudo labels are read from (3.2), and the DeepLab segmenters (3.3).
+
+One file to copy: it needs torch and torchvision alone (and timm for `timm/NAME` backbones).
+
+Geometry, everywhere: a box is x0, y0, x1, y1 in continuous pixel coordinates, x1 and y1 exclusive, so that
+pixel i reaches from i to i + 1. Feature cell j of w lies where the convolutions put it, on pixel
+j (W - 1) / (w - 1) of W (align_corners); it reaches half a step to each side, cut at the image's edge.
+"""
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+STRIDE = 8  # pixels from one feature cell to the next, for every backbone here
+
+
+class WeightsError(ValueError):
+    """A backbone or its weights cannot be had; the message is one line."""
+
+
+# ---------------------------------------------------------------- background-aware pooling
+
+
+def coverage(intervals, length, cells):
+    """Which part of each feature cell an interval covers, along one axis.
+
+    intervals (..., 2): start and end in pixels. An axis of `length` pixels is held by `cells` feature cells.
+    Returns (..., cells) in [0, 1].
+    """
+    step = (length - 1) / (cells - 1) if cells > 1 else length
+    centres = torch.arange(cells, device=intervals.device, dtype=intervals.dtype) * step + 0.5
+    start, end = (centres - step / 2).clamp(min=0), (centres + step / 2).clamp(max=length)
+    if cells == 1:
+        start, end = torch.zeros_like(centres), torch.full_like(centres, length)
+    shared = torch.minimum(intervals[..., 1:], end) - torch.maximum(intervals[..., :1], start)
+    return shared.clamp(min=0) / (end - start)
+
+
+def split(low, high, parts):
+    """Cut intervals [low, high], each (...), into equal parts: (..., parts, 2)."""
+    edges = torch.linspace(0, 1, parts + 1, device=low.device, dtype=low.dtype)
+    edges = low[..., None] + (high - low)[..., None] * edges
+    return torch.stack((edges[..., :-1], edges[..., 1:]), -1)
+
+
+def outside_boxes(boxes, image_size):
+    """The mask M of the paper: 1 on every pixel that no box touches. N tensors (K_i, 4) -> (N, 1, H, W) float."""
+    background = torch.ones(len(boxes), 1, *image_size)
+    for mask, image_boxes in zip(background, boxes):
+        for x0, y0, x1, y1 in image_boxes.tolist():
+            mask[:, max(math.floor(y0), 0):max(math.ceil(y1), 0), max(math.floor(x0), 0):max(math.ceil(x1), 0)] = 0
+    return background
+
+
+class Pooled(NamedTuple):
+    foreground: torch.Tensor  # (sum K_i, bins * bins, C): r, image by image in the order given, bins row by row
+    queries: torch.Tensor     # (J, C): q of the grid cells that hold background, image by image, row by row
+    attention: torch.Tensor   # (N, 1, h, w) in [0, 1]: A, 1 outside boxes
+
+
+class BAP(nn.Module):
+    """Background-aware pooling: mean features of boxes that leave out the background inside them.
+
+        q_j  = sum_{p in grid cell j} M(p) f(p) / sum_{p in grid cell j} M(p)
+        A(p) = 1 outside boxes, inside them the mean over j of ReLU(cos(f(p), q_j))
+        r_i  = sum_{p in box i} (1 - A(p)) f(p) / sum_{p in box i} (1 - A(p))
+
+    p runs over feature cells. A cell that the background or a box covers in part counts in that part.
+    Each box gives bins x bins such r, one for each of its equal parts.
+    An image with no more than the share min_background of background, or none, is pooled plainly: A = 0 in
+    r_i. So min_background=1 is plain average pooling (the paper's GAP).
+    A part that A takes for background all through (to 1 in 10,000; then r_i is 0/0) is pooled plainly, too.
+
+    forward(features (N, C, h, w), boxes: N float tensors (K_i, 4), image_size (H, W), background (N, 1, H, W),
+    1 where a pixel is known background, default: outside every box) -> Pooled.
+    Boxes and background may stay on the CPU: then nothing here waits for the GPU.
+    """
+
+    def __init__(self, grid=4, bins=2, min_background=0.125):
+        super().__init__()
+        self.grid, self.bins, self.min_background = grid, bins, min_background
+
+    def extra_repr(self):
+        return f"grid={self.grid}, bins={self.bins}, min_background={self.min_background}"
+
+    def forward(self, features, boxes, image_size, background=None):
+        if len(boxes) != len(features):
+            raise ValueError(f"{len(features)} images but boxes of {len(boxes)}")
+        # 1 - A is small where it matters: at least float32, also under autocast.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.pool(features.to(dtype), boxes, image_size, background)
+
+    def pool(self, features, boxes, image_size, background):
+        (n, channels, h, w), (height, width) = features.shape, image_size
+        if background is None:
+            background = outside_boxes(boxes, image_size)
+        elif background.shape != (n, 1, height, width):
+            raise ValueError(f"background is {tuple(background.shape)}, not {(n, 1, height, width)}")
+        background = background.to(features.dtype)
+        geometry = dict(dtype=features.dtype, device=background.device)
+        f = features.flatten(2)  # (N, C, hw)
+
+        # M of a feature cell: the mean over its area.
+        pixels_y = torch.arange(height, **geometry)
+        pixels_x = torch.arange(width, **geometry)
+        rows = coverage(torch.stack((pixels_y, pixels_y + 1), -1), height, h)
+        columns = coverage(torch.stack((pixels_x, pixels_x + 1), -1), width, w)
+        m = (rows.T @ background @ columns).flatten(2)  # (N, 1, hw)
+
+        # q: one weighted mean for each grid cell.
+        zero = torch.zeros((), **geometry)
+        rows = coverage(split(zero, zero + height, self.grid), height, h)
+        columns = coverage(split(zero, zero + width, self.grid), width, w)
+        weights = torch.einsum("ay,bx->abyx", rows, columns).reshape(1, -1, h * w) * m  # (N, grid * grid, hw)
+        held = weights.sum(2)
+        valid = held > 0
+        plain = (background.mean((1, 2, 3)) <= self.min_background) | ~valid.any(1)
+        kept = valid.flatten().nonzero()[:, 0]  # known before the GPU is done, if the background is on the CPU
+        weights = weights / held.where(valid, zero + 1)[:, :, None]
+        m, valid, plain, weights, kept = (
+            t.to(features.device, non_blocking=True) for t in (m, valid, plain, weights, kept))
+        queries = weights @ f.mT  # (N, grid * grid, C)
+
+        # A: the cosine's norm of f is divided out at the end, so that no unit copy of f is made.
+        cosine = F.relu(F.normalize(queries, dim=2) @ f) / f.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        share = valid / valid.sum(1, keepdim=True).clamp(min=1) * ~plain[:, None]
+        attention = m + (1 - m) * (share[:, None] @ cosine)  # (N, 1, hw)
+        keep = torch.where(plain[:, None, None], 1, (1 - attention).clamp(min=0))
+
+        foreground = self.box_means(f, keep, boxes, image_size, (h, w))
+        return Pooled(foreground, queries.flatten(0, 1)[kept], attention.view(n, 1, h, w))
+
+    def box_means(self, f, keep, boxes, image_size, map_size):
+        """r of every part of every box, as one matrix product an image: weights (parts, hw) times f (hw, C)."""
+        counts = [len(b) for b in boxes]
+        if not sum(counts):
+            return f.new_zeros(0, self.bins ** 2, f.shape[1]) + 0 * f.sum()
+        padded = nn.utils.rnn.pad_sequence([b.as_subclass(torch.Tensor) for b in boxes], batch_first=True).to(f.dtype)
+        x0, y0, x1, y1 = padded.unbind(2)
+        rows = coverage(split(y0, y1, self.bins), image_size[0], map_size[0]).to(f.device, non_blocking=True)
+        columns = coverage(split(x0, x1, self.bins), image_size[1], map_size[1]).to(f.device, non_blocking=True)
+        weights = torch.einsum("nkay,nkbx->nkabyx", rows, columns).flatten(4).flatten(1, 3)  # (N, K bins bins, hw)
+        aware = weights * keep
+        blank = aware.sum(2, keepdim=True) <= 1e-4 * weights.sum(2, keepdim=True)
+        weights = torch.where(blank, weights, aware)
+        weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-12)
+        means = (weights @ f.mT).view(len(boxes) * padded.shape[1], self.bins ** 2, -1)
+        real = [i * padded.shape[1] + k for i, count in enumerate(counts) for k in range(count)]
+        return means[torch.tensor(real).to(f.device, non_blocking=True)]
+
+
+# ---------------------------------------------------------------- upsampled features, never formed
+
+
+def interpolation(pixels, cells, like):
+    """Bilinear upsampling (align_corners) along one axis, as a matrix (pixels, cells)."""
+    position = torch.arange(pixels, device=like.device, dtype=like.dtype) * ((cells - 1) / max(pixels - 1, 1))
+    nodes = torch.arange(cells, device=like.device, dtype=like.dtype)
+    return (1 - (position[:, None] - nodes).abs()).clamp(min=0)
+
+
+class Upsampled:
+    """A feature map (C, h, w) as if upsampled bilinearly to an image's size, at the cost of one channel.
+
+    Upsampling is linear: a dot product commutes with it, a mean over pixels is a mean over cells with the
+    transposed weights, and the squared norm at a pixel is a quadratic form of its four neighbouring cells.
+    Exact, not an approximation.
+
+    size (H, W): the pixels looked at. canvas: the size that the map spans, if the image was padded at its right
+    and bottom before it went through the network (`padded_size`); default: size.
+    """
+
+    def __init__(self, features, size, canvas=None):
+        self.features = features
+        rows, columns = canvas or size
+        self.rows = interpolation(rows, features.shape[1], features)[:size[0]]        # (H, h)
+        self.columns = interpolation(columns, features.shape[2], features)[:size[1]]  # (W, w)
+
+    def dot(self, vectors):
+        """Dot product of every pixel's feature with vectors (K, C) -> (K, H, W)."""
+        maps = (vectors @ self.features.flatten(1)).view(-1, *self.features.shape[1:])
+        return self.rows @ maps @ self.columns.T
+
+    def norm(self):
+        """Euclidean norm of every pixel's feature -> (H, W).
+
+        With weights a, 1 - a of the upper and lower, b, 1 - b of the left and right cell, the squared norm is
+        the sum over the four cells of weight^2 <f, f>, and over their six pairs of 2 weight weight' <f, f'>.
+        """
+        f, y, x = self.features, self.rows, self.columns
+        y_pair, x_pair = 2 * y[:, :-1] * y[:, 1:], 2 * x[:, :-1] * x[:, 1:]
+        itself = (f * f).sum(0)
+        right = (f[:, :, :-1] * f[:, :, 1:]).sum(0)
+        down = (f[:, :-1] * f[:, 1:]).sum(0)
+        diagonals = (f[:, :-1, :-1] * f[:, 1:, 1:] + f[:, :-1, 1:] * f[:, 1:, :-1]).sum(0) / 2
+        squared = (y * y) @ itself @ (x * x).T + (y * y) @ right @ x_pair.T
+        squared = squared + y_pair @ down @ (x * x).T + y_pair @ diagonals @ x_pair.T
+        return squared.clamp(min=0).sqrt()
+
+    def cosine(self, vectors):
+        """Cosine of every pixel's feature with vectors (K, C) -> (K, H, W) in [-1, 1], 0 where a norm is 0."""
+        return self.dot(F.normalize(vectors, dim=1)) / self.norm().clamp(min=1e-12)
+
+    def mean(self, masks):
+        """Mean feature over masks (K, H, W) of 0 and 1 -> (K, C); the zero vector for an empty mask."""
+        masks = masks.to(self.features.dtype)
+        weights = (self.rows.T @ masks @ self.columns).flatten(1)  # (K, hw): upsampling, transposed
+        return weights @ self.features.flatten(1).T / masks.sum((1, 2))[:, None].clamp(min=1)
+
+
+def padded_size(size):
+    """The least size >= (H, W) at which every feature cell lies on a pixel 8 j: each side 8 k + 1."""
+    return tuple(-(-(side - 1) // STRIDE) * STRIDE + 1 for side in size)
+
+
+# ---------------------------------------------------------------- backbones
+# Each is a module that maps normalised images to features at stride 8 and carries
+# channels (of its features), mean and std (RGB, of pixels in [0, 1]), loaded (the names of pretrained parameters).
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+class VGG16(nn.Module):
+    """VGG-16 as LargeFOV has it: 3x3 pools, pool4 and pool5 of stride 1, conv5 dilated by 2, a 3x3 average
+    pool, fc6 a dilated 3x3 and fc7 a 1x1 convolution of 1,024 channels. features.* is named as in torchvision.
+    """
+
+    def __init__(self, dilation, width=1.0, batch_norm=False):
+        super().__init__()
+        layers, previous = [], 3
+        for block, (channels, convolutions) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)), 1):
+            for _ in range(convolutions):
+                d = 2 if block == 5 else 1
+                layers.append(nn.Conv2d(previous, round(channels * width), 3, padding=d, dilation=d))
+                layers += [nn.BatchNorm2d(layers[-1].out_channels)] * batch_norm + [nn.ReLU(inplace=True)]
+                previous = round(channels * width)
+            layers.append(nn.MaxPool2d(3, stride=2 if block < 4 else 1, padding=1))
+        self.features = nn.Sequential(*layers, nn.AvgPool2d(3, stride=1, padding=1))
+        self.channels = round(1024 * width)
+        self.fc6 = nn.Conv2d(previous, self.channels, 3, padding=dilation, dilation=dilation)
+        self.fc7 = nn.Conv2d(self.channels, self.channels, 1)
+        self.dropout = nn.Dropout2d(0.5)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        x = self.dropout(F.relu(self.fc6(self.features(x))))
+        return self.dropout(F.relu(self.fc7(x)))
+
+
+def load(module, state, source):
+    """Copy `state` into `module`, each name of it into its place. Returns the names."""
+    try:
+        unexpected = module.load_state_dict(state, strict=False).unexpected_keys
+    except RuntimeError:  # other shapes
+        unexpected = True
+    if unexpected or not state:
+        raise WeightsError(f"{source}: weights of another network; set weights or backbone")
+    return set(state)
+
+
+def read_state(source):
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"{source}: no such file; weights is imagenet, imagenet_features, none or a file") from None
+    except Exception:
+        raise WeightsError(f"{source}: not a file of weights that torch.load can read safely") from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise WeightsError(f"{source}: not a state dict (names to tensors)")
+    return state
+
+
+def torchvision_weights(name, weights):
+    """State dict and colours of torchvision's ImageNet weights, downloaded into torch.hub's cache."""
+    entry = {"imagenet": "IMAGENET1K_V1", "imagenet_features": "IMAGENET1K_FEATURES"}[weights]
+    try:
+        entry = torchvision.models.get_model_weights(name)[entry]
+    except KeyError:
+        raise WeightsError(f"weights: {weights} does not exist for {name}; use imagenet, none or a file") from None
+    try:
+        state = entry.get_state_dict(progress=True)
+    except OSError as error:
+        raise WeightsError(f"{entry.url}: cannot be downloaded ({error}); set weights to a file") from None
+    colours = entry.transforms()
+    return state, dict(mean=tuple(colours.mean), std=tuple(colours.std))
+
+
+def cut_vgg16(state, source):
+    """torchvision's VGG-16 to LargeFOV's: fc6, fc7 of every 4th channel, fc6's 7x7 kernel at 0, 3, 6."""
+    cut = {name: value for name, value in state.items() if name.startswith("features.")}
+    fc6 = state.get("classifier.0.weight")
+    if fc6 is not None and fc6.isfinite().all():  # IMAGENET1K_FEATURES has a classifier of NaN
+        try:
+            cut["fc6.weight"] = fc6.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+            cut["fc6.bias"] = state["classifier.0.bias"][::4]
+            cut["fc7.weight"] = state["classifier.3.weight"][::4, ::4, None, None]
+            cut["fc7.bias"] = state["classifier.3.bias"][::4]
+        except (RuntimeError, KeyError):
+            raise WeightsError(f"{source}: its classifier is not VGG-16's") from None
+    return cut
+
+
+def vgg_backbone(name, weights, dilation, width):
+    module = VGG16(dilation, width, batch_norm=name == "vgg16_bn")
+    colours, loaded = IMAGENET, set()
+    if weights != "none":
+        if weights in ("imagenet", "imagenet_features"):
+            state, colours = torchvision_weights(name, weights)
+        else:
+            state = read_state(weights)
+            if "classifier.0.weight" in state and not state["classifier.0.weight"].isfinite().all():
+                colours = dict(mean=(0.48235, 0.45882, 0.40784), std=(1 / 255,) * 3)
+        loaded = load(module, cut_vgg16(state, weights), weights)
+    return module, colours, loaded
+
+
+def resnet_backbone(name, weights):
+    module = torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=(False, True, True))
+    channels, colours, loaded = module.fc.in_features, IMAGENET, set()
+    if weights != "none":
+        if weights in ("imagenet", "imagenet_features"):
+            state, colours = torchvision_weights(name, weights)
+        else:
+            state = read_state(weights)
+        loaded = load(module, state, weights)
+    body = OrderedDict((n, m) for n, m in module.named_children() if n not in ("avgpool", "fc"))
+    module = nn.Sequential(body)
+    module.channels = channels
+    return module, colours, loaded & set(module.state_dict())
+
+
+def timm_backbone(name, weights):
+    try:
+        import timm
+    except ImportError:
+        raise WeightsError(f"backbone {name} needs timm: pip install timm") from None
+    source = {}
+    if weights not in ("none", "imagenet"):
+        state = read_state(weights)
+        try:
+            with torch.device("meta"):
+                names = set(timm.create_model(name.removeprefix("timm/")).state_dict())
+        except RuntimeError:
+            names = set(state)  # an unknown name is reported below
+        if names != set(state):
+            raise WeightsError(f"{weights}: weights of another network than {name}")
+        source = dict(pretrained_cfg_overlay=dict(file=str(weights)))
+    try:
+        module = timm.create_model(name.removeprefix("timm/"), features_only=True, output_stride=STRIDE,
+                                   out_indices=(-1,), pretrained=weights != "none", **source)
+    except Exception as error:
+        raise WeightsError(f"backbone {name}: timm says: {' '.join(str(error).split())}") from None
+    colours = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+    module.channels = module.feature_info.channels()[-1]
+    loaded = set(module.state_dict()) if weights != "none" else set()
+    return module, dict(mean=colours.mean, std=colours.std), loaded
+
+
+def build_backbone(name, weights="none", dilation=1, width=1.0):
+    """-> (module with .channels, colours dict(mean, std), names of loaded weights)."""
+    weights = str(weights)
+    if name in ("vgg16", "vgg16_bn"):
+        return vgg_backbone(name, weights, dilation, width)
+    if width != 1:
+        raise WeightsError(f"width: {width} is for vgg16 alone, not for {name}")
+    if name in ("resnet50", "resnet101", "resnet152"):
+        return resnet_backbone(name, weights)
+    if name.startswith("timm/"):
+        return timm_backbone(name, weights)
+    raise WeightsError(f"backbone: {name!r} is none of vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME")
+
+
+# ---------------------------------------------------------------- networks
+
+
+class ASPP(nn.Module):
+    """DeepLab-V2's head: four 3x3 convolutions at rates 6, 12, 18, 24, summed, ReLU."""
+
+    def __init__(self, inputs, channels=256, rates=(6, 12, 18, 24)):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(inputs, channels, 3, padding=r, dilation=r) for r in rates)
+        self.channels = channels
+
+    def forward(self, x):
+        return F.relu(sum(branch(x) for branch in self.branches))
+
+
+class Network(nn.Module):
+    """What the classifier and the segmenter share: images -> features (N, C, h, w) at stride 8.
+
+    backbone: vgg16, vgg16_bn, resnet50, resnet101, resnet152 or timm/NAME.
+    weights: imagenet (torchvision's or timm's), imagenet_features (Caffe-coloured VGG-16 without fc6, fc7),
+    none, or a file of them. Raises WeightsError where these cannot be had.
+    With pretrained weights batch normalisation stays frozen: batches of crops are too small for its statistics.
+    """
+
+    def __init__(self, num_labels, backbone, weights, width, dilation, head):
+        super().__init__()
+        self.backbone, colours, loaded = build_backbone(backbone, weights, dilation, width)
+        self.loaded = {"backbone." + name for name in loaded}
+        self.head = nn.Identity() if isinstance(self.backbone, VGG16) else head(self.backbone.channels)
+        channels = getattr(self.head, "channels", self.backbone.channels)
+        self.classifier = nn.Linear(channels, num_labels, bias=False)
+        for module in (*self.head.modules(), self.classifier):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.register_buffer("mean", torch.tensor(colours["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(colours["std"]).view(3, 1, 1))
+
+    @property
+    def fill(self):
+        """The mean colour as RGB 0..255: what images are padded with."""
+        return [round(255 * v) for v in self.mean.flatten().tolist()]
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.loaded:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def features(self, images):
+        """RGB images (N, 3, H, W), uint8 or float in [0, 1] -> features (N, C, h, w) of images padded with the
+        mean colour at their right and bottom to `padded_size`, where the map's cells lie on pixels 8 j.
+        """
+        if not images.is_floating_point():
+            images = images.float() / 255
+        height, width = padded_size(images.shape[2:])
+        x = (images - self.mean) / self.std
+        x = F.pad(x, (0, width - images.shape[3], 0, height - images.shape[2]))
+        x = self.backbone(x)
+        return self.head(x[0] if isinstance(x, list) else x)
+
+    def parameter_groups(self, lr, decay, new_lr=10.0, double_bias=False):
+        """Groups for SGD: parameters that no pretrained file gave learn at new_lr x lr; with double_bias, as
+        Caffe had it, biases at twice their rate and without decay.
+        """
+        groups = {}
+        for name, parameter in self.named_parameters():
+            bias = double_bias and name.endswith(".bias")
+            rate = lr * (1 if name in self.loaded else new_lr) * (2 if bias else 1)
+            groups.setdefault((rate, 0.0 if bias else decay), []).append(parameter)
+        return [dict(params=p, lr=rate, weight_decay=d) for (rate, d), p in groups.items()]
+
+
+class Head(nn.Sequential):
+    """The classifier's head on backbones other than VGG-16: one 3x3 convolution to 512 channels."""
+
+    def __init__(self, inputs, channels=512):
+        super().__init__(nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU(inplace=True))
+        self.channels = channels
+
+
+class Scores(NamedTuple):
+    foreground: torch.Tensor  # (sum K_i, bins * bins, 1 + num_classes): logits of r
+    queries: torch.Tensor     # (J, 1 + num_classes): logits of q
+
+
+class BoxClassifier(Network):
+    """Stage 1: one softmax classifier without bias over background (0) and num_classes objects (1..), of
+    the features that `pooling` (a BAP) draws from boxes.
+    """
+
+    def __init__(self, num_classes, backbone="vgg16", weights="none", width=1.0, pooling=None):
+        super().__init__(1 + num_classes, backbone, weights, width, dilation=1, head=Head)
+        self.pooling = pooling or BAP()
+
+    def forward(self, images, boxes, background=None):
+        """images (N, 3, H, W) with H, W = 8 k + 1, boxes and background as for BAP -> Scores."""
+        size = images.shape[2:]
+        if padded_size(size) != tuple(size):
+            raise ValueError(f"crops of {tuple(size)}: each side must be 8 k + 1, such as 321")
+        pooled = self.pooling(self.features(images), boxes, size, background)
+        return Scores(self.classifier(pooled.foreground), self.classifier(pooled.queries))
+
+
+class DeepLab(Network):
+    """Stage 3: with vgg16 DeepLab-V1 (LargeFOV), with others DeepLab-V2 (ASPP), and a cosine classifier."""
+
+    def __init__(self, num_labels, backbone="vgg16", weights="none", width=1.0):
+        super().__init__(num_labels, backbone, weights, width, dilation=12, head=ASPP)
+
+    def forward(self, images):
+        """images (N, 3, H, W) -> cos(phi(p), W_c): (N, L, H, W) in [-1, 1]."""
+        phi = F.normalize(self.features(images), dim=1)
+        cosine = F.conv2d(phi, F.normalize(self.classifier.weight, dim=1)[:, :, None, None])
+        size = images.shape[2:]
+        cosine = F.interpolate(cosine.float(), padded_size(size), mode="bilinear", align_corners=True)
+        return cosine[:, :, :size[0], :size[1]]

@@ -1,0 +1,51 @@
+"""Stage 1 (section 3.1 of the paper): boxes -> a classifier whose features know the background.
+
+    python train_cls.py [CONFIG.yaml] [key=value ...]
+
+Reads data.root, writes runs/NAME/cls.pt.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import datasets
+import engine
+import models
+
+
+@dataclass
+class Settings(engine.Training):
+    """Section `train_cls` of the YAML file."""
+    pooling: Literal["bap", "gap"] = "bap"  # background-aware, or plain average pooling
+    grid: int = 4  # N: background queries come from N x N cells of the image
+    bins: int = 2  # a box gives bins x bins foreground features
+    min_background: float = 0.125  # share of background at or under which an image is pooled plainly
+    drop_at: int = 5000
+
+
+def losses(network, batch):
+    """Cross-entropy over every foreground feature (its box's class) and every background query (class 0)."""
+    scores = network(batch["image"], batch["boxes"], batch["background"])
+    labels = torch.cat(batch["labels"]).to(batch["image"].device, non_blocking=True)
+    labels = labels[:, None].expand(scores.foreground.shape[:2]).flatten()
+    logits = torch.cat((scores.foreground.flatten(0, 1), scores.queries))
+    targets = torch.cat((labels, labels.new_zeros(len(scores.queries))))
+    # An empty batch (no boxes, no background) has a loss of 0, not of 0 / 0.
+    loss = F.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
+    return {"loss": loss}
+
+
+def main(config):
+    s = config.train_cls
+    torch.manual_seed(config.run.seed)
+    pooling = models.BAP(s.grid, s.bins, s.min_background if s.pooling == "bap" else 1.0)
+    network = models.BoxClassifier(len(config.data.classes), s.backbone, s.weights, s.width, pooling)
+    transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
+    dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform)
+    engine.train(config, "train_cls", s, network, dataset, losses)
+
+
+if __name__ == "__main__":
+    engine.run("train_cls", main)

@@ -1,0 +1,64 @@
+"""Stage 3 (section 3.3 of the paper): Ycrf and Yret -> a DeepLab segmenter, by the noise-aware loss.
+
+    python train_seg.py [CONFIG.yaml] [key=value ...]
+
+Reads data.root and runs/NAME/labels, writes runs/NAME/seg.pt.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import datasets
+import engine
+import losses
+import models
+
+
+@dataclass
+class Settings(engine.Training):
+    """Section `train_seg` of the YAML file."""
+    loss: Literal["nal", "crf", "ret", "agree", "entropy", "bootstrap"] = "nal"  # crf, ret: cross-entropy on one
+    gamma: float = 7.0  # of nal: how fast trust falls with the classifier's own doubt
+    weight: float = 0.1  # lambda: of the loss where Ycrf and Yret differ
+    temperature: float = 20.0  # logits are temperature x cosine
+    iterations: int = 23805
+
+
+def segmentation_loss(s, cosine, y_crf, y_ret):
+    """The loss that the settings name, of cosine (N, L, H, W) and labels (N, H, W) int64."""
+    t = s.temperature
+    if s.loss == "crf":
+        return losses.cross_entropy(cosine, y_crf, t)
+    if s.loss == "ret":
+        return losses.cross_entropy(cosine, y_ret, t)
+    if s.loss == "agree":
+        return losses.agreement_loss(cosine, y_crf, y_ret, t)
+    if s.loss == "entropy":
+        return losses.entropy_loss(cosine, y_crf, y_ret, s.weight, temperature=t)
+    if s.loss == "bootstrap":
+        return losses.bootstrap_loss(cosine, y_crf, y_ret, s.weight, temperature=t)
+    return losses.noise_aware_loss(cosine, y_crf, y_ret, s.gamma, s.weight, t)
+
+
+def main(config):
+    s = config.train_seg
+    folders = [config.path / "labels" / kind for kind in ("Ycrf", "Yret")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise engine.UsageError(f"{folder} is missing: make it with python make_labels.py")
+    torch.manual_seed(config.run.seed)
+    network = models.DeepLab(1 + len(config.data.classes), s.backbone, s.weights, s.width)
+    transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
+    dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform,
+                                  masks=[folder.resolve() for folder in folders], boxes=s.balance)
+
+    def losses_of(network, batch):
+        y_crf, y_ret = batch["masks"].to(batch["image"].device, non_blocking=True).long().unbind(1)
+        return {"loss": segmentation_loss(s, network(batch["image"]), y_crf, y_ret)}
+
+    engine.train(config, "train_seg", s, network, dataset, losses_of)
+
+
+if __name__ == "__main__":
+    engine.run("train_seg", main)

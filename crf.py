@@ -19,15 +19,16 @@ def dense_crf(image, probabilities, bilateral=(4.0, 55.0, 3.0), gaussian=(3.0, 3
     image, probabilities = np.asarray(image), np.asarray(probabilities)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}, not uint8 (H, W, 3)")
-    if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2]:
-        raise ValueError(f"probabilities are {probabilities.shape}, not (L, {image.shape[0]}, {image.shape[1]})")
+    if probabilities.dtype.kind != "f" or probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2]:
+        raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}, "
+                         f"not float (L, {image.shape[0]}, {image.shape[1]})")
     labels, height, width = probabilities.shape
     if labels == 1:
         return np.ones(probabilities.shape, np.float32)
     crf = densecrf.DenseCRF2D(width, height, labels)
-    unary = unary_from_softmax(probabilities.astype(np.float32), clip=1e-5)  # log 0 would forbid a label for good
+    unary = unary_from_softmax(probabilities.astype(np.float32), clip=1e-5)  # so that no label is forbidden for good
     crf.setUnaryEnergy(np.ascontiguousarray(unary))
     crf.addPairwiseGaussian(sxy=gaussian[1], compat=gaussian[0])
     crf.addPairwiseBilateral(sxy=bilateral[1], srgb=bilateral[2], compat=bilateral[0],
-                             rgbim=np.ascontiguousarray(image))
+                             rgbim=np.array(image, order="C"))
     return np.array(crf.inference(iterations), np.float32).reshape(labels, height, width)

@@ -43,8 +43,8 @@ def coverage(intervals, length, cells):
 
 def split(low, high, parts):
     """Cut intervals [low, high], each (...), into equal parts: (..., parts, 2)."""
-    edges = torch.linspace(0, 1, parts + 1, device=low.device, dtype=low.dtype)
-    edges = low[..., None] + (high - low)[..., None] * edges
+    edges = torch.arange(parts + 1, device=low.device, dtype=low.dtype)
+    edges = low[..., None] + (high - low)[..., None] * edges / parts
     return torch.stack((edges[..., :-1], edges[..., 1:]), -1)
 
 
@@ -119,7 +119,7 @@ class BAP(nn.Module):
         columns = coverage(split(zero, zero + width, self.grid), width, w)
         weights = torch.einsum("ay,bx->abyx", rows, columns).reshape(1, -1, h * w) * m  # (N, grid * grid, hw)
         held = weights.sum(2)
-        valid = held > 0
+        valid = held > 1e-5  # of a feature cell: less is the rounding of an edge, not background
         plain = (background.mean((1, 2, 3)) <= self.min_background) | ~valid.any(1)
         kept = valid.flatten().nonzero()[:, 0]  # known before the GPU is done, if the background is on the CPU
         weights = weights / held.where(valid, zero + 1)[:, :, None]
@@ -129,9 +129,9 @@ class BAP(nn.Module):
 
         # A: the cosine's norm of f is divided out at the end, so that no unit copy of f is made.
         cosine = F.relu(F.normalize(queries, dim=2) @ f) / f.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        share = valid / valid.sum(1, keepdim=True).clamp(min=1) * ~plain[:, None]
-        attention = m + (1 - m) * (share[:, None] @ cosine)  # (N, 1, hw)
-        keep = torch.where(plain[:, None, None], 1, (1 - attention).clamp(min=0))
+        share = (valid & ~plain[:, None]).to(f.dtype) / valid.sum(1, keepdim=True).clamp(min=1)
+        attention = (m + (1 - m) * (share[:, None] @ cosine)).clamp(max=1)  # (N, 1, hw)
+        keep = torch.where(plain[:, None, None], 1, 1 - attention)
 
         foreground = self.box_means(f, keep, boxes, image_size, (h, w))
         return Pooled(foreground, queries.flatten(0, 1)[kept], attention.view(n, 1, h, w))
@@ -256,13 +256,14 @@ class VGG16(nn.Module):
         return self.dropout(F.relu(self.fc7(x)))
 
 
-def load(module, state, source):
-    """Copy `state` into `module`, each name of it into its place. Returns the names."""
+def load(module, state, source, optional=()):
+    """Copy `state` into `module`, whose layers named in `optional` may be missing from it. Returns the names."""
     try:
-        unexpected = module.load_state_dict(state, strict=False).unexpected_keys
+        missing, unexpected = module.load_state_dict(state, strict=False)
+        fits = not unexpected and all(name.split(".")[0] in optional for name in missing)
     except RuntimeError:  # other shapes
-        unexpected = True
-    if unexpected or not state:
+        fits = False
+    if not fits:
         raise WeightsError(f"{source}: weights of another network; set weights or backbone")
     return set(state)
 
@@ -319,7 +320,7 @@ def vgg_backbone(name, weights, dilation, width):
             state = read_state(weights)
             if "classifier.0.weight" in state and not state["classifier.0.weight"].isfinite().all():
                 colours = dict(mean=(0.48235, 0.45882, 0.40784), std=(1 / 255,) * 3)
-        loaded = load(module, cut_vgg16(state, weights), weights)
+        loaded = load(module, cut_vgg16(state, weights), weights, optional=("fc6", "fc7"))
     return module, colours, loaded
 
 
@@ -331,7 +332,7 @@ def resnet_backbone(name, weights):
             state, colours = torchvision_weights(name, weights)
         else:
             state = read_state(weights)
-        loaded = load(module, state, weights)
+        loaded = load(module, state, weights, optional=("fc",))
     body = OrderedDict((n, m) for n, m in module.named_children() if n not in ("avgpool", "fc"))
     module = nn.Sequential(body)
     module.channels = channels

@@ -1,0 +1,579 @@
+"""Images with boxes in the PASCAL VOC devkit's layout: reading, augmentation, the shapes demo set, download.
+
+    ROOT/JPEGImages/ID.jpg  Annotations/ID.xml  SegmentationClassAug/ID.png  ImageSets/Segmentation/LIST.txt
+
+Section 4.1 of the paper (the data) and the augmentation of its training runs. The background mask M(p) of
+section 3.1 follows from the boxes, so no file holds it.
+
+    python datasets.py shapes=DIR       write the demo set
+    python datasets.py download=DIR     fetch VOC 2012 and SBD, and merge them: 10,582 images in train_aug
+"""
+import difflib
+import math
+import os
+import shutil
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+VOID = 255
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+               "tvmonitor")
+
+
+class DataError(ValueError):
+    """A fault of the user's data. One line: the file or key, what is wrong with it, the way out."""
+
+
+@dataclass
+class Settings:
+    """Section `data` of the YAML file."""
+    root: str = "data/shapes"  # folder in the VOC devkit's layout
+    shapes: bool = False  # write the shapes demo set to root when root does not exist
+    classes: list[str] = field(default_factory=lambda: list(VOC_CLASSES))  # labels 1, 2, ...; 0 is background
+    train: str = "train_aug"  # list under ImageSets/Segmentation that the networks learn from
+    val: str = "val"  # list of unseen images
+    masks: str = "SegmentationClassAug"  # folder of the true masks, for scores only
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def read_list(root, split, folder="ImageSets/Segmentation"):
+    """The ids in ROOT/FOLDER/SPLIT.txt, one a line, in order; blank lines are skipped.
+
+    Raises DataError if the list is missing or empty, or holds a path or the same id twice."""
+    path = Path(root, folder, f"{split}.txt")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read this list of images ({type(error).__name__}); "
+                        "write one id a line") from None
+    counts = Counter(line.strip() for line in lines if line.strip())
+    if not counts:
+        raise DataError(f"{path}: an empty list; write one image id a line")
+    for name, count in counts.items():
+        if "/" in name or "\\" in name or ".." in name:
+            raise DataError(f"{path}: {name!r} is not an image id; write ids without folders, one a line")
+        if count > 1:
+            raise DataError(f"{path}: {name!r} stands in it {count} times; keep one")
+    return list(counts)
+
+
+def read_image(path):
+    """The image as (H,W,3) uint8 RGB. Raises DataError if it is missing, broken or cut short."""
+    return np.asarray(_open(path, lambda image: image.convert("RGB")))
+
+
+def read_mask(path, num_labels):
+    """A label image, palette or grey PNG, as (H,W) uint8: 0..num_labels-1, and 255 for void.
+
+    Raises DataError if it is missing, broken, in colour, or holds another value."""
+    mode, mask = _open(path, lambda image: (image.mode, np.array(image)))
+    if mode not in ("P", "L"):
+        raise DataError(f"{path}: a mask of mode {mode}; save labels as an 8-bit palette or grey PNG")
+    counts = np.bincount(mask.ravel(), minlength=256)
+    wrong = np.flatnonzero(counts[num_labels:VOID]) + num_labels
+    if len(wrong):
+        raise DataError(f"{path}: label {wrong[0]} in a mask; valid are 0..{num_labels - 1} and {VOID}, void")
+    return mask
+
+
+def _open(path, read):
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such image file")
+    try:
+        with Image.open(path) as image:
+            return read(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())
+        raise DataError(f"{path}: broken image file ({reason}); fetch or save it again") from None
+
+
+def palette():
+    """VOC's colour map, (256,3) uint8: the bits of a label, spread over the high bits of R, G and B."""
+    labels = np.arange(256)
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((labels >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def write_mask(path, labels):
+    """Writes (H,W) uint8 labels as a PNG with VOC's palette, whole or not at all; makes parent folders."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
+    image.putpalette(palette().tobytes())
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_annotation(path, classes, image=None):
+    """The boxes of every object in a VOC XML file, also of the difficult and the truncated ones.
+
+    Returns (boxes, labels, (height, width)): (K,4) float32 x0, y0, x1, y1 in continuous pixels, x1 and y1
+    exclusive; (K,) int64 in 1..len(classes). The size is the file's own, or that of the file `image` where
+    the annotation gives none. Raises DataError for XML that does not parse, a field that is missing or no
+    number, a box without area or beyond the image, a class that is not in `classes`."""
+    try:
+        annotation = ElementTree.parse(path).getroot()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such annotation; every image in the list needs one") from None
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        raise DataError(f"{path}: not an XML annotation ({error}); write it again") from None
+    size = _image_size(path, annotation, image)
+    boxes, labels = [], []
+    for item in annotation.findall("object"):  # direct children only: a <part> has a name and a box as well
+        name = (item.findtext("name") or "").strip()
+        if name not in classes:
+            nearest = difflib.get_close_matches(name, classes, n=1, cutoff=0)
+            raise DataError(f"{path}: class {name!r} is not in data.classes; the nearest is {nearest[0]!r}")
+        sides = [_number(path, item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+        boxes.append(_box(path, sides, size))
+        labels.append(classes.index(name) + 1)
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return boxes, torch.tensor(labels, dtype=torch.int64), size
+
+
+def _box(path, sides, size):
+    xmin, ymin, xmax, ymax = sides
+    # VOC counts pixels from 1 and includes the last. A 0, from a tool that counts from 0, is the edge too.
+    box = max(xmin - 1, 0), max(ymin - 1, 0), xmax, ymax
+    text = " ".join(f"{side:g}" for side in sides)
+    if min(sides) < 0 or xmax > size[1] or ymax > size[0]:
+        raise DataError(f"{path}: box {text} leaves the image of {size[1]} x {size[0]} pixels; correct it")
+    if box[2] <= box[0] or box[3] <= box[1]:
+        raise DataError(f"{path}: box {text} has no area; correct it")
+    return box
+
+
+def _image_size(path, annotation, image):
+    """(height, width) as ints. A missing or zero <size> is common in other people's XML."""
+    if annotation.find("size") is not None:
+        size = _number(path, annotation, "size/height"), _number(path, annotation, "size/width")
+        if min(size) > 0:
+            return int(size[0]), int(size[1])
+    if image is None:
+        raise DataError(f"{path}: no <size>; add the image's width and height")
+    width, height = _open(image, lambda image: image.size)
+    return height, width
+
+
+def _number(path, element, name):
+    text = element.findtext(name)
+    if text is None:
+        raise DataError(f"{path}: <{element.tag}> without <{name.replace('/', '><')}>; add it")
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{path}: <{name.replace('/', '><')}> is {text.strip()!r}, not a number; correct it")
+    return number
+
+
+# ------------------------------------------------------------------------------------------- dataset
+
+class VOCDataset(torch.utils.data.Dataset):
+    """The images of one list, with their boxes and with label images read beside them.
+
+    `root`: folder in the devkit's layout; `split`: name of a list; `classes`: names in label order 1, 2, ...;
+    `transform`: applied to each sample; `masks`: folders of label PNGs (relative ones lie under root);
+    `boxes=False`: no XML is read. A sample is a dict:
+
+        id          str
+        image       uint8 (3,H,W) RGB
+        boxes       float32 (K,4), continuous pixels x0, y0, x1, y1, the last two exclusive
+        labels      int64 (K,) in 1..len(classes)
+        background  uint8 (1,H,W): 1 outside every box, 0 inside; 255 where the transform padded
+        masks       uint8 (len(masks),H,W): labels 0..len(classes), 255 void
+
+    `annotations`: id -> (boxes, labels). Everything but the pixels is checked on construction, so that a
+    fault ends a run before it starts; every fault, then or on reading a sample, raises DataError."""
+
+    def __init__(self, root, split, classes, transform=None, masks=(), boxes=True):
+        self.root, self.classes, self.transform = Path(root), list(classes), transform
+        if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) >= VOID:
+            raise DataError(f"data.classes: needs 1 to {VOID - 1} different names, not {self.classes}")
+        if not self.root.is_dir():
+            raise DataError(f"{root}: no such folder; set data.root, or run: python datasets.py download=DIR")
+        self.ids = read_list(root, split)
+        self.mask_folders = [self.root / folder for folder in masks]
+        _check_files("image", [self._image(name) for name in self.ids])
+        for folder in self.mask_folders:
+            _check_files("mask", [folder / f"{name}.png" for name in self.ids])
+        self.annotations, self._sizes = ({}, {}) if boxes else (None, {})
+        for name in self.ids if boxes else ():
+            xml = self.root / "Annotations" / f"{name}.xml"
+            *self.annotations[name], self._sizes[name] = read_annotation(xml, self.classes, self._image(name))
+
+    def _image(self, name):
+        return self.root / "JPEGImages" / f"{name}.jpg"
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        name = self.ids[index]
+        pixels = read_image(self._image(name))
+        size = pixels.shape[:2]
+        sample = {"id": name, "image": tv_tensors.Image(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))}
+        if self.annotations is not None:
+            _check_size(self._image(name), size, self._sizes[name], "the annotation")
+            boxes, labels = self.annotations[name]
+            sample["boxes"] = tv_tensors.BoundingBoxes(boxes.clone(), format="XYXY", canvas_size=size)
+            sample["labels"] = labels.clone()
+            sample["background"] = tv_tensors.Mask(_outside(boxes, size))
+        if self.mask_folders:
+            paths = [folder / f"{name}.png" for folder in self.mask_folders]
+            masks = [read_mask(path, len(self.classes) + 1) for path in paths]
+            for path, mask in zip(paths, masks):
+                _check_size(path, mask.shape, size, "the image")
+            sample["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
+        return self.transform(sample) if self.transform else sample
+
+
+def _check_files(kind, paths):
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{missing[0]}: no such {kind}; {len(missing)} of {len(paths)} {kind}s are missing")
+
+
+def _check_size(path, found, expected, owner):
+    if tuple(found) != tuple(expected):
+        raise DataError(f"{path}: {found[1]} x {found[0]} pixels, {owner} {expected[1]} x {expected[0]}; "
+                        "one of the two is of another image")
+
+
+def _outside(boxes, size):
+    """(1,H,W) uint8: 1 where no box touches the pixel."""
+    background = torch.ones(1, *size, dtype=torch.uint8)
+    for x0, y0, x1, y1 in boxes.tolist():
+        background[:, math.floor(y0):math.ceil(y1), math.floor(x0):math.ceil(x1)] = 0
+    return background
+
+
+def balance_weights(dataset):
+    """(len(dataset),) float: 1 / the number of images that show the image's rarest class, for Stream.
+
+    An image without objects gets the mean of the others. Needs a dataset with boxes."""
+    present = torch.zeros(len(dataset), len(dataset.classes) + 1)
+    for row, name in zip(present, dataset.ids):
+        row[dataset.annotations[name][1]] = 1
+    weights = (present / present.sum(0).clamp(min=1)).amax(1)
+    empty = weights == 0
+    weights[empty] = weights[~empty].mean() if (~empty).any() else 1.0
+    return weights
+
+
+class Stream(torch.utils.data.Dataset):
+    """Sample k of a training run: which image it is and how it is augmented depend on (seed, k) alone.
+
+    So a run can be stopped, resumed and shared out among workers and devices without changing it. The order
+    is one shuffled epoch after another, or, with `weights` (len(dataset),), drawn in proportion to them."""
+
+    def __init__(self, dataset, length, seed, weights=None):
+        self.dataset, self.seed = dataset, seed
+        generator, size = torch.Generator().manual_seed(seed), len(dataset)
+        epochs = [torch.randperm(size, generator=generator) if weights is None
+                  else torch.multinomial(weights, size, replacement=True, generator=generator)
+                  for _ in range(math.ceil(length / size))]
+        self.order = [index for epoch in epochs for index in epoch.tolist()][:length]
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, k):
+        # Of a seed, torch's CPU generator uses 32 bits, so (seed, k) must be hashed into them. Only that
+        # generator is seeded: torch.manual_seed would reset the GPU's, and with it the dropout, as well.
+        seed = int(np.random.SeedSequence((self.seed, k)).generate_state(1)[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.dataset[self.order[k]]
+
+
+def collate(samples):
+    """A batch of N samples, a dict: id, a list; image (N,3,H,W) uint8; boxes and labels, lists of N tensors,
+    (K_i,4) and (K_i,); background (N,1,H,W) uint8, 1 only where a pixel is known background, so 0 on padding;
+    masks (N,M,H,W) uint8. What the samples lack, it lacks."""
+    columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+    for key in ("image", "background", "masks"):
+        if key in columns:
+            columns[key] = torch.stack([value.as_subclass(torch.Tensor) for value in columns[key]])
+    if "boxes" in columns:
+        columns["boxes"] = [boxes.as_subclass(torch.Tensor) for boxes in columns["boxes"]]
+        columns["background"] = (columns["background"] == 1).to(torch.uint8)
+    return columns
+
+
+# -------------------------------------------------------------------------------------- augmentation
+
+def random_scale(sample, scale):
+    """Resizes the sample by one factor drawn from U(scale)."""
+    factor = torch.empty(1).uniform_(*scale).item()
+    return v2.Resize([max(1, round(factor * side)) for side in sample["image"].shape[-2:]])(sample)
+
+
+def drop_thin_boxes(sample):
+    """Clips the boxes to the image; those left under a pixel wide or high go, together with their labels."""
+    if "boxes" not in sample:
+        return sample
+    boxes = v2.functional.clamp_bounding_boxes(sample["boxes"])
+    keep = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
+    return sample | {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": sample["labels"][keep]}
+
+
+def training_transform(crop, fill, scale=(0.5, 1.5), jitter=0.5):
+    """Scale U(scale), pad with the colour `fill` (RGB, 0..255) and the masks with 255, crop x crop pixels at
+    random, flip, jitter brightness, contrast and saturation. Takes and returns a sample of VOCDataset."""
+    return v2.Compose([
+        partial(random_scale, scale=scale),
+        v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: list(fill), tv_tensors.Mask: VOID}),
+        drop_thin_boxes,
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(jitter, jitter, jitter),
+    ])
+
+
+# -------------------------------------------------------------------------------------------- shapes
+
+SHAPES = ("bar", "ring", "cross", "crescent", "vee", "wave")
+BACKGROUNDS = ("stripes", "checks", "blobs", "noise", "gradient", "split")  # the k-th suits the k-th shape
+USUAL = 0.6  # how often it lies behind it, as water behind boats: that misleads plain average pooling
+SIDES = 129, 161  # of an image, pixels
+EXTENTS = 38, 92  # of an object, pixels
+BACKGROUND_CONTRAST = 60.0  # between a background's two colours, of 255
+OBJECT_CONTRAST = 28.0  # between an object's mean colour and that of the background under it
+SURFACE_CONTRAST = 24.0  # amplitude of the fine stripes that all objects of a class share
+HUE_SPREAD = 0.25  # radians, deviation of an object's hue from its class's; classes are 1.05 apart
+NOISE = 7.0  # deviation of each pixel
+VISIBLE = 0.5  # an object that would leave less than this of another in sight is not painted
+
+
+def _outline(rng, shape):
+    """A shape as a union of discs: centres (64,2), about within [-1,1], and radii (64,)."""
+    t = np.linspace(-1, 1, 64)
+    x, y, radius = t, 0 * t, np.full(64, rng.uniform(0.15, 0.21))  # a bar
+    if shape == "ring":
+        x, y = 0.85 * np.cos(np.pi * t), 0.85 * np.sin(np.pi * t)
+    elif shape == "cross":
+        x = np.concatenate([t[::2], t[::2]])
+        y = 0.8 * np.concatenate([t[::2], -t[::2]])
+    elif shape == "crescent":
+        x, y, radius = 0.8 * np.cos(2.1 * t), 0.8 * np.sin(2.1 * t), 0.05 + 0.26 * np.cos(np.pi / 2 * t)
+    elif shape == "vee":
+        y = 1.5 * np.abs(t) - 0.75
+    elif shape == "wave":
+        y = 0.55 * np.sin(1.5 * np.pi * t)
+    return np.stack([x, y], 1), radius
+
+
+def _coverage(rng, shape, size):
+    """(H,W) in [0,1]: how far a new object of the shape, somewhere in the image, covers each pixel."""
+    points, radii = _outline(rng, shape)
+    # A bar along an axis would fill its box, so it is kept off them; the others turn freely.
+    angle = rng.choice([-1, 1]) * rng.uniform(0.45, 1.1) if shape == "bar" else rng.uniform(0, 2 * np.pi)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = points * [1, rng.uniform(0.7, 1)] @ turn.T
+    scale = rng.uniform(*EXTENTS) / (np.ptp(points, axis=0).max() + 2 * radii.max())
+    points = points * scale + np.array(size[::-1]) * rng.uniform(0.2, 0.8, 2)
+    x, y = np.arange(size[1]) + 0.5, np.arange(size[0])[:, None] + 0.5
+    distance = np.full(size, np.inf)
+    for (px, py), radius in zip(points, np.maximum(radii * scale, 2.5)):
+        np.minimum(distance, np.sqrt((x - px) ** 2 + (y - py) ** 2) - radius, out=distance)
+    return np.clip(0.5 - distance / 1.5, 0, 1)  # an edge 1.5 pixels soft
+
+
+def _smooth_noise(rng, size, cell):
+    """(H,W) of deviation about 1 that changes over `cell` pixels."""
+    coarse = rng.normal(size=(size[0] // cell + 2, size[1] // cell + 2)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def _background(rng, family, size):
+    """(H,W,3) float: two near colours mixed by a pattern of the family."""
+    angle, phase, wavelength = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(11, 26)
+    x, y = np.meshgrid(np.arange(size[1]) - size[1] / 2, np.arange(size[0]) - size[0] / 2)
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    wave = np.sin(2 * np.pi * along / wavelength + phase)
+    if family == "stripes":
+        pattern = np.tanh(3 * wave)
+    elif family == "checks":
+        pattern = np.tanh(4 * wave * np.sin(2 * np.pi * across / wavelength))
+    elif family == "blobs":
+        pattern = np.tanh(3 * _smooth_noise(rng, size, rng.integers(9, 15)))
+    elif family == "noise":
+        pattern = 0.8 * _smooth_noise(rng, size, rng.integers(3, 5))
+    elif family == "gradient":
+        pattern = 2.5 * along / max(size)
+    else:
+        pattern = np.sign(along + rng.uniform(-20, 20)) + 0.3 * wave
+    colour = rng.uniform(95, 160) + rng.uniform(-12, 12, 3)
+    step = 0.6 * rng.normal(size=3) + rng.choice([-1, 1])
+    return colour + pattern[..., None] * step * BACKGROUND_CONTRAST / np.linalg.norm(step) / 2
+
+
+def _surface(rng, label, size):
+    """(H,W,3) float, to be added to the background's mean colour: hue and fine stripes tell the class."""
+    hue = 2 * np.pi * label / len(SHAPES) + rng.normal(0, HUE_SPREAD)
+    red_green, yellow_blue = np.array([1, -1, 0]) / 2 ** 0.5, np.array([1, 1, -2]) / 6 ** 0.5
+    colour = OBJECT_CONTRAST * (np.cos(hue) * red_green + np.sin(hue) * yellow_blue) + rng.uniform(-12, 12)
+    # Upright, level and crossed stripes, fine and less fine: a flip must not turn one class into another.
+    x, y = np.meshgrid(np.arange(size[1]), np.arange(size[0]))
+    x, y = (2 * np.pi / (4, 7)[label // 3 % 2] * axis + rng.uniform(0, 2 * np.pi) for axis in (x, y))
+    stripes = (np.sin(x), np.sin(y), 1.4 * np.sin(x) * np.sin(y))[label % 3]
+    return colour + SURFACE_CONTRAST * stripes[..., None]
+
+
+def _scene(rng):
+    """One image (H,W,3) uint8, the object of each pixel (H,W), 0 for none, and the objects' labels."""
+    size = tuple(rng.integers(SIDES[0], SIDES[1] + 1, 2))
+    label = rng.integers(1, len(SHAPES) + 1)
+    family = BACKGROUNDS[label - 1] if rng.random() < USUAL else rng.choice(BACKGROUNDS)
+    image, owner, labels = _background(rng, family, size), np.zeros(size, int), []
+    wanted = rng.integers(1, 4)
+    while len(labels) < wanted:
+        cover = _coverage(rng, SHAPES[label - 1], size)
+        inside = cover >= 0.5
+        areas = np.bincount(owner.ravel(), minlength=len(labels) + 1)[1:]
+        left = np.bincount(owner[~inside], minlength=len(labels) + 1)[1:]
+        if (left >= VISIBLE * areas).all():
+            paint = image[inside].mean(0) + _surface(rng, label, size)
+            image += cover[..., None] * (paint - image)
+            labels.append(label)
+            owner[inside] = len(labels)
+        label = rng.integers(1, len(SHAPES) + 1)
+    image += rng.normal(0, NOISE, image.shape)
+    return image.clip(0, 255).round().astype(np.uint8), owner, labels
+
+
+def _with_border(owner, labels):
+    """(H,W) uint8 labels with void along the objects' outlines, as VOC's annotators left it."""
+    mask = np.array([0, *labels], np.uint8)[owner]
+    around = np.pad(owner, 1, mode="edge")
+    height, width = owner.shape
+    for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        mask[around[dy:dy + height, dx:dx + width] != owner] = VOID
+    return mask
+
+
+def _annotation(owner, labels):
+    """The devkit's XML: each object's box, counted from 1 and inclusive, tight round its visible pixels."""
+    height, width = owner.shape
+    text = f"<annotation>\n  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>\n"
+    for number, label in enumerate(labels, 1):
+        y, x = np.nonzero(owner == number)
+        sides = {"xmin": x.min(), "ymin": y.min(), "xmax": x.max(), "ymax": y.max()}
+        box = "".join(f"<{side}>{value + 1}</{side}>" for side, value in sides.items())
+        text += f"  <object><name>{SHAPES[label - 1]}</name><bndbox>{box}</bndbox></object>\n"
+    return text + "</annotation>\n"
+
+
+def make_shapes(root, train=360, val=120, seed=0):
+    """Writes the demo set to `root`, whole or not at all: lists train and val, classes SHAPES, sides SIDES.
+
+    Image n depends on (seed, n) alone. Textured backgrounds run on into boxes that their objects, of nearly
+    the same colour, fill badly. Raises DataError if `root` exists."""
+    root = Path(root)
+    if root.exists():
+        raise DataError(f"{root}: exists already; remove it or name another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{root.name}.", suffix=".tmp", dir=root.parent))
+    try:
+        temporary.chmod(0o755)
+        for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
+            (temporary / folder).mkdir(parents=True)
+        ids = [f"shapes_{number:05d}" for number in range(train + val)]
+        for number, name in enumerate(tqdm(ids, desc="shapes", leave=False, disable=None)):
+            image, owner, labels = _scene(np.random.default_rng((seed, number)))
+            Image.fromarray(image).save(temporary / f"JPEGImages/{name}.jpg", quality=92, subsampling=0)
+            write_mask(temporary / f"SegmentationClassAug/{name}.png", _with_border(owner, labels))
+            (temporary / f"Annotations/{name}.xml").write_text(_annotation(owner, labels))
+        for split, part in (("train", ids[:train]), ("val", ids[train:])):
+            (temporary / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(part) + "\n")
+        os.rename(temporary, root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------ download
+
+def download(root):
+    """Fetches VOC 2012 (2 GB) and SBD (1.4 GB) under `root`, merges them, returns the folder for data.root.
+
+    Raises DataError if a download fails; what was fetched is kept for the next try."""
+    _loadmat()  # torchvision needs it too, but asks for it late
+    root = Path(root)
+    voc, sbd = root / "VOCdevkit" / "VOC2012", root / "SBD"
+    try:
+        torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
+        if not (sbd / "val.txt").is_file():  # the last thing that torchvision moves there
+            torchvision.datasets.SBDataset(sbd, image_set="train", mode="segmentation", download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{root}: the download failed ({' '.join(str(error).split())}); try again") from None
+    merge_augmented(voc, sbd)
+    return voc
+
+
+def merge_augmented(voc, sbd, expected=10582):
+    """Writes VOC/SegmentationClassAug, VOC's own masks and SBD's where VOC has none, and the list train_aug.
+
+    train_aug = (SBD train + SBD val + VOC train) - VOC val. Raises DataError, with nothing written, unless
+    that is `expected` ids and every mask is there."""
+    voc, sbd, loadmat = Path(voc), Path(sbd), _loadmat()
+    val = read_list(voc, "val")
+    ids = {*read_list(sbd, "train", ""), *read_list(sbd, "val", ""), *read_list(voc, "train")} - set(val)
+    if len(ids) != expected:
+        raise DataError(f"{sbd}: {len(ids)} ids for train_aug, not {expected}; remove and download it again")
+    sources = {name: voc / "SegmentationClass" / f"{name}.png" for name in sorted(ids.union(val))}
+    sources = {name: own if own.is_file() else sbd / "cls" / f"{name}.mat" for name, own in sources.items()}
+    _check_files("mask", list(sources.values()))
+    for name, source in tqdm(sources.items(), desc="SegmentationClassAug", leave=False, disable=None):
+        mask = (read_mask(source, len(VOC_CLASSES) + 1) if source.suffix == ".png"
+                else loadmat(source)["GTcls"][0]["Segmentation"][0])
+        write_mask(voc / "SegmentationClassAug" / f"{name}.png", mask)
+    path = voc / "ImageSets" / "Segmentation" / "train_aug.txt"  # last: where it stands, the masks are whole
+    path.with_suffix(".tmp").write_text("\n".join(sorted(ids)) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _loadmat():
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise DataError("scipy: not installed, and SBD's masks are .mat files; pip install scipy") from None
+    return loadmat
+
+
+def main():
+    command, _, folder = sys.argv[1].partition("=") if len(sys.argv) == 2 else ("", "", "")
+    if command not in ("download", "shapes") or not folder:
+        print("usage: python datasets.py download=DIR | shapes=DIR", file=sys.stderr)
+        sys.exit(2)
+    try:
+        print("data.root:", download(folder) if command == "download" else make_shapes(folder) or folder)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

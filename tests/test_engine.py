@@ -1,0 +1,189 @@
+"""Settings, files, scores and the training loop that the scripts share."""
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+
+
+def settings(*arguments, script="train_cls"):
+    return engine.configure(script, ["data.shapes=false", *arguments])
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train_cls: {lr: 2e-3, batch: 7}\n")
+    config = settings(str(file), "train_cls.batch=9", "run.name=other")
+    assert (config.train_cls.lr, config.train_cls.batch, config.train_cls.iterations) == (2e-3, 9, 8000)
+    assert str(config.path) == "runs/other"
+
+
+def test_a_bare_key_is_the_scripts_own_or_of_run():
+    config = settings("pooling=gap", "name=mine")
+    assert (config.train_cls.pooling, config.run.name) == ("gap", "mine")
+
+
+def test_values_that_look_like_numbers_stay_text():
+    assert settings("run.name=7").run.name == "7"
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("train_cls.poolng=gap", "unknown setting train_cls.poolng; did you mean pooling?"),
+    ("train_csl.pooling=gap", "unknown section train_csl; did you mean train_cls?"),
+    ("poling=gap", "unknown setting train_cls.poling; did you mean pooling?"),
+    ("pooling=max", "train_cls.pooling is 'max', not one of bap, gap"),
+    ("batch=many", "train_cls.batch is 'many', not a int"),
+    ("batch=1.5", "train_cls.batch is 1.5, not a int"),
+    ("balance=2", "train_cls.balance is 2, not a bool"),
+    ("lr=fast", "train_cls.lr is 'fast', not a float"),
+    ("scale=1", "train_cls.scale is 1, not a list of float"),
+    ("run.name=../x", "run.name is '../x'"),
+])
+def test_bad_arguments(argument, words):
+    with pytest.raises(engine.UsageError) as error:
+        settings(argument)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("train_cls: {lrr: 1}", "unknown setting train_cls.lrr; did you mean lr?"),
+    ("trian_cls: {lr: 1}", "unknown section trian_cls; did you mean train_cls?"),
+    ("train_cls: 3", "section train_cls is 3"),
+    ("[1, 2]", "not sections"),
+    ("a: [", "not YAML"),
+    ("train_seg: {loss: ce}", "train_seg.loss is 'ce', not one of nal, crf, ret, agree, entropy, bootstrap"),
+])
+def test_bad_files(tmp_path, text, words):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(engine.UsageError) as error:
+        settings(str(file))
+    assert words in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_such_settings_file():
+    with pytest.raises(engine.UsageError, match="nowhere.yaml: No such file"):
+        settings("nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(engine.DEFAULT_CONFIG.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_settings_file_is_valid(path):
+    settings(str(path))
+
+
+def test_confusion_and_scores_by_hand():
+    truth = np.array([[0, 0, 1, 1], [2, 2, 255, 255]], np.uint8)
+    labels = np.array([[0, 1, 1, 255], [2, 0, 1, 0]], np.uint8)
+    matrix = engine.confusion(truth, labels, 4)
+    assert matrix.tolist() == [[1, 1, 0, 0, 0], [0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]]
+    config = settings()
+    config.run.mean_over = ["a", "c"]
+    result = engine.scores(matrix, ["a", "b", "c", "d"], config)
+    # IoU: a 1 of {2 true + 1 given}; b 1 of {2 true + 1 given}; c 1 of 2; d is neither true nor given.
+    assert result["iou"] == pytest.approx(dict(a=100 / 3, b=100 / 3, c=50, d=None))
+    assert result["miou"] == pytest.approx((100 / 3 + 100 / 3 + 50) / 3)
+    assert result["miou_over"] == pytest.approx((100 / 3 + 50) / 2)
+    assert result["pixel_accuracy"] == pytest.approx(50) and result["mean_accuracy"] == pytest.approx(50)
+
+
+def test_write_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    engine.write_json(path, {"a": 1})
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        engine.write(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(path.parent) == ["file.json"]
+
+
+def slow_square(x):
+    return x * x
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_overlap_keeps_the_order(workers):
+    asked = []
+
+    def tasks():
+        for k in range(12):
+            asked.append(k)
+            yield k, (k,)
+
+    results = engine.overlap(workers, slow_square, tasks())
+    assert next(results) == (0, 0)
+    assert len(asked) <= 2 * max(workers, 1) + 1  # it does not run ahead of its consumer
+    assert list(results) == [(k, k * k) for k in range(1, 12)]
+
+
+def test_learning_rate():
+    s = settings().train_seg
+    s.iterations = 100
+    assert engine.rate(s, 0) == 1 and engine.rate(s, 50) == pytest.approx(0.5 ** 0.9)
+    s.drop_at = 60
+    assert (engine.rate(s, 59), engine.rate(s, 60)) == (1, pytest.approx(0.1))
+
+
+def test_spread():
+    assert engine.spread(list("abcdefgh"), 3) == ["a", "c", "f"] and engine.spread([1], 3) == [1]
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 1, 3)
+
+    def parameter_groups(self, lr, decay, new_lr, double_bias):
+        return [dict(params=list(self.parameters()), lr=lr, weight_decay=decay)]
+
+
+class Noise(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        return {"id": str(i), "image": torch.rand(3, 9, 9)}
+
+
+def train_tiny(path, losses):
+    config = settings("run.workers=0", "run.save_every=2", "run.log_every=1")
+    config.path, s = path, config.train_cls
+    s.iterations, s.batch, s.weights, s.lr = 7, 2, "none", 0.1
+    torch.manual_seed(0)
+    network = Tiny()
+    engine.train(config, "train_cls", s, network, Noise(), losses)
+    return torch.load(path / "cls.pt", weights_only=True)["model"]
+
+
+def square(network, batch):
+    return {"loss": network.layer(batch["image"]).square().mean() + 0 * torch.rand(())}
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path):
+    whole = train_tiny(tmp_path / "whole", square)
+    count = 0
+
+    def stop(network, batch):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "stopped", stop)
+    resumed = train_tiny(tmp_path / "stopped", square)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert not (tmp_path / "stopped" / "cls.pt.partial").exists()
+
+
+def test_nan_names_the_images(tmp_path):
+    with pytest.raises(engine.UsageError, match="loss is nan at iteration 1, images . .;"):
+        train_tiny(tmp_path, lambda network, batch: {"loss": network.layer(batch["image"]).mean() * math.nan})
+    assert not (tmp_path / "cls.pt").exists()

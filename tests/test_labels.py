@@ -1,0 +1,148 @@
+"""Stage 2 against the equations of section 3.2, pixel by pixel on features upsampled first."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import make_labels
+import models
+
+HEIGHT, WIDTH, CHANNELS = 21, 30, 5
+
+
+def scene(seed, boxes=((3, 2, 14, 17), (10, 5, 28, 19), (4, 4, 9, 9)), labels=(2, 1, 2)):
+    """Random features of a padded image, boxes and a classifier of background and three classes."""
+    g = torch.Generator().manual_seed(seed)
+    size, canvas = (HEIGHT, WIDTH), models.padded_size((HEIGHT, WIDTH))
+    features = torch.randn(CHANNELS, 4, 5, generator=g, dtype=torch.float64)
+    weight = torch.randn(4, CHANNELS, generator=g, dtype=torch.float64)
+    boxes, labels = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64)
+    outside = models.outside_boxes([boxes], size)[0, 0] == 1
+    up = models.Upsampled(features, size, canvas)
+    dense = F.interpolate(features[None], canvas, mode="bilinear", align_corners=True)[0, :, :HEIGHT, :WIDTH]
+    return up, dense, weight, boxes, labels, outside
+
+
+def literal_u0(dense, weight, outside, use_u0):
+    known = [(y, x) for y in range(HEIGHT) for x in range(WIDTH) if outside[y, x]]
+    u0 = torch.ones(HEIGHT, WIDTH, dtype=torch.float64)
+    if use_u0 and known:
+        q = sum(dense[:, y, x] for y, x in known) / len(known)
+        value = lambda y, x: max(0.0, (dense[:, y, x] @ q / (dense[:, y, x].norm() * q.norm())).item())  # noqa: E731
+    else:
+        cam = [[max(0.0, (dense[:, y, x] @ weight[0]).item()) for x in range(WIDTH)] for y in range(HEIGHT)]
+        highest = max(map(max, cam))
+        value = lambda y, x: cam[y][x] / highest  # noqa: E731
+    for y in range(HEIGHT):
+        for x in range(WIDTH):
+            if not outside[y, x]:
+                u0[y, x] = value(y, x)
+    return u0
+
+
+def literal_maps(dense, weight, boxes, labels, per_box):
+    classes = sorted(set(labels.tolist()))
+    maps = torch.zeros(len(classes), HEIGHT, WIDTH, dtype=torch.float64)
+    for k, c in enumerate(classes):
+        pixels = [[(y, x) for y in range(int(y0), int(y1)) for x in range(int(x0), int(x1))]
+                  for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()) if label == c]
+        if not per_box:
+            pixels = [sum(pixels, [])]
+        for group in pixels:
+            cam = {p: max(0.0, (dense[:, p[0], p[1]] @ weight[c]).item()) for p in group}
+            for p, value in cam.items():
+                maps[(k, *p)] = max(maps[(k, *p)].item(), value / (max(cam.values()) or 1))
+    return maps
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("use_u0", [True, False])
+def test_background_attention(seed, use_u0):
+    up, dense, weight, _, _, outside = scene(seed)
+    u0 = make_labels.background_attention(up, weight, outside, make_labels.Settings(u0=use_u0))
+    torch.testing.assert_close(u0, literal_u0(dense, weight, outside, use_u0), rtol=1e-5, atol=1e-9)
+
+
+def test_no_background_outside_uses_the_activation_map():
+    up, dense, weight, _, _, outside = scene(0, boxes=((0, 0, WIDTH, HEIGHT),), labels=(1,))
+    u0 = make_labels.background_attention(up, weight, outside, make_labels.Settings())
+    torch.testing.assert_close(u0, literal_u0(dense, weight, outside, False), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("norm", ["box", "class"])
+def test_activation_maps(seed, norm):
+    up, dense, weight, boxes, labels, _ = scene(seed)
+    maps = make_labels.activation_maps(up, weight, boxes, labels, [1, 2], make_labels.Settings(cam_norm=norm))
+    torch.testing.assert_close(maps, literal_maps(dense, weight, boxes, labels, norm == "box"), rtol=1e-5, atol=1e-9)
+
+
+def test_unaries():
+    up, dense, weight, boxes, labels, outside = scene(1)
+    u0 = literal_u0(dense, weight, outside, True)
+    maps = literal_maps(dense, weight, boxes, labels, True)
+    result = make_labels.unaries(u0, maps, outside, make_labels.Settings(threshold=0.6))
+    plain = make_labels.unaries(u0, maps, outside, make_labels.Settings(threshold=0.6, softmax=False))
+    highest = max(u0[y, x].item() for y in range(HEIGHT) for x in range(WIDTH) if not outside[y, x])
+    for y in range(HEIGHT):
+        for x in range(WIDTH):
+            if outside[y, x]:
+                assert result[:, y, x].tolist() == [1, 0, 0] == plain[:, y, x].tolist()
+                continue
+            u = [u0[y, x].item() if u0[y, x] >= 0.6 * highest else 0.0, *maps[:, y, x].tolist()]
+            total = sum(map(math.exp, u))
+            assert result[:, y, x].tolist() == pytest.approx([math.exp(v) / total for v in u], rel=1e-5)
+            if sum(u) > 0.01:
+                assert plain[:, y, x].tolist() == pytest.approx([v / sum(u) for v in u], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("missing", [False, True])
+def test_retrieval(seed, missing):
+    up, dense, weight, _, _, outside = scene(seed)
+    g = torch.Generator().manual_seed(seed)
+    y_crf = torch.randint(0, 2 if missing else 3, (HEIGHT, WIDTH), generator=g).masked_fill(outside, 0)
+    y_ret = make_labels.retrieve(up, weight, y_crf, [1, 2], outside)
+    prototypes = []
+    for c in (0, 1, 2):
+        members = [dense[:, y, x] for y in range(HEIGHT) for x in range(WIDTH) if y_crf[y, x] == c]
+        prototypes.append(sum(members) / len(members) if members else weight[c])
+    for y in range(HEIGHT):
+        for x in range(WIDTH):
+            cosines = [max(0.0, F.cosine_similarity(dense[:, y, x], q, dim=0).item()) for q in prototypes]
+            assert y_ret[y, x] == (0 if outside[y, x] else int(np.argmax(cosines)))
+
+
+def test_labels_stay_inside_their_boxes():
+    up, _, weight, boxes, labels, outside = scene(0)
+
+    class Network:
+        classifier = torch.nn.Linear(CHANNELS, 4, bias=False).double()
+
+    prepared = ("id", up, outside, boxes, labels, [1, 2], None)
+    marginals = np.full((3, HEIGHT, WIDTH), 0.1, np.float32)
+    marginals[1] = 0.8  # class 1 everywhere
+    up.features = up.features.float()
+    up.rows, up.columns = up.rows.float(), up.columns.float()
+    Network.classifier = Network.classifier.float()
+    y_crf, y_ret = make_labels.finish(Network, prepared, marginals)
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[5:19, 10:28] = True  # the one box of class 1
+    assert ((y_crf == 1) == inside).all()
+    assert (y_ret[outside.numpy()] == 0).all()
+
+
+def test_box_labels_put_the_smaller_box_on_top():
+    boxes, labels = torch.tensor([[0., 0, 4, 4], [1, 1, 3, 3], [3, 0, 6, 2]]), torch.tensor([1, 2, 3])
+    expected = [[1, 1, 1, 3, 3, 3], [1, 2, 2, 3, 3, 3], [1, 2, 2, 1, 0, 0], [1, 1, 1, 1, 0, 0]]
+    assert make_labels.box_labels(boxes, labels, (4, 6)).tolist() == expected
+
+
+def test_no_boxes():
+    up, _, weight, boxes, labels, outside = scene(0, boxes=(), labels=())
+    s = make_labels.Settings()
+    u0 = make_labels.background_attention(up, weight, outside, s)
+    maps = make_labels.activation_maps(up, weight, boxes, labels, [], s)
+    assert make_labels.unaries(u0, maps, outside, s).eq(1).all()

@@ -1,0 +1,160 @@
+"""losses.py against the equations in reference.py: values, gradients, and what happens with void pixels."""
+import math
+
+import pytest
+import torch
+
+import losses
+import reference
+
+VOID = 255
+TWO_LABELS = ["noise_aware_loss", "agreement_loss", "entropy_loss", "bootstrap_loss"]
+
+
+def random_case(N=2, L=4, H=5, W=6, differ=0.4, void=0.2, seed=0, ignore_index=VOID):
+    """cosine in float64, y_crf, y_ret; about the given shares of pixels differ or are void."""
+    g = torch.Generator().manual_seed(seed)
+    cosine = (torch.rand(N, L, H, W, generator=g, dtype=torch.float64) * 2 - 1).requires_grad_()
+    y_crf = torch.randint(L, (N, H, W), generator=g)
+    other = (y_crf + torch.randint(1, L, (N, H, W), generator=g)) % L
+    y_ret = torch.where(torch.rand(N, H, W, generator=g) < differ, other, y_crf)
+    for labels in (y_crf, y_ret):
+        labels[torch.rand(N, H, W, generator=g) < void / 2] = ignore_index
+    return cosine, y_crf, y_ret
+
+
+def value_and_gradient(loss, cosine):
+    loss = torch.as_tensor(loss, dtype=torch.float64) + 0 * cosine.sum()
+    return loss.detach(), torch.autograd.grad(loss, cosine)[0]
+
+
+def same(name, cosine, *labels, **settings):
+    loss = getattr(losses, name)(cosine, *labels, **settings)
+    assert loss.shape == () and loss.dtype == cosine.dtype
+    expected = getattr(reference, name)(cosine, *labels, **settings)
+    for ours, theirs in zip(value_and_gradient(loss, cosine), value_and_gradient(expected, cosine)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("differ", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("void", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_equals_the_equations(name, differ, void):
+    same(name, *random_case(differ=differ, void=void))
+
+
+@pytest.mark.parametrize("void", [0.0, 0.5, 1.0])
+def test_cross_entropy_equals_the_equation(void):
+    cosine, labels, _ = random_case(void=void)
+    same("cross_entropy", cosine, labels)
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("noise_aware_loss", dict(gamma=0.0)),
+    ("noise_aware_loss", dict(gamma=1.0)),
+    ("noise_aware_loss", dict(gamma=2.5, weight=0.7, temperature=5.0)),
+    ("agreement_loss", dict(temperature=1.0)),
+    ("entropy_loss", dict(weight=1.5, temperature=3.0)),
+    ("bootstrap_loss", dict(weight=1.5, beta=0.3, temperature=3.0)),
+    ("bootstrap_loss", dict(weight=1.0, beta=1.0)),
+])
+def test_settings(name, settings):
+    same(name, *random_case(seed=1), **settings)
+
+
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_ignore_index(name):
+    for index in (-1, 3):  # 3: a label that the loss leaves out
+        same(name, *random_case(seed=2, ignore_index=index), ignore_index=index)
+
+
+def test_gamma_0_weighs_every_pixel_alike():
+    cosine, y_crf, y_ret = random_case(void=0)
+    plain = [losses.cross_entropy(cosine, torch.where((y_crf == y_ret) == agree, y_crf, VOID))
+             for agree in (True, False)]
+    loss = losses.noise_aware_loss(cosine, y_crf, y_ret, gamma=0.0, weight=0.3)
+    torch.testing.assert_close(loss, plain[0] + 0.3 * plain[1])
+
+
+def test_by_hand():
+    """Two labels, temperature log 3, so that cosines (1, 0) give H = (3/4, 1/4).
+
+    Pixel 0: both say 0. Pixel 1: Ycrf 1, Yret 0, sigma = (1/2)^2.
+    Pixel 2, cosines (0, 1): Ycrf 1, Yret 0, sigma 1. Pixel 3: void.
+    """
+    cosine = torch.tensor([[1.0, 1.0, 0.0, 0.3], [0.0, 0.0, 1.0, 0.2]]).reshape(1, 2, 1, 4)
+    y_crf, y_ret = torch.tensor([[[0, 1, 1, VOID]]]), torch.tensor([[[0, 0, 0, 1]]])
+    settings = dict(weight=0.5, temperature=math.log(3))
+    right, wrong = -math.log(3 / 4), -math.log(1 / 4)
+    assert losses.noise_aware_loss(cosine, y_crf, y_ret, gamma=2.0, **settings).item() == pytest.approx(
+        right + 0.5 * (wrong / 4 + right) / (1 / 4 + 1))
+    assert losses.agreement_loss(cosine, y_crf, y_ret, temperature=math.log(3)).item() == pytest.approx(right)
+    assert losses.entropy_loss(cosine, y_crf, y_ret, **settings).item() == pytest.approx(
+        right + 0.5 * (3 / 4 * right + 1 / 4 * wrong))
+    assert losses.bootstrap_loss(cosine, y_crf, y_ret, beta=0.6, **settings).item() == pytest.approx(
+        right + 0.5 * (0.6 * wrong + 0.4 * right + right) / 2)
+    assert losses.cross_entropy(cosine, y_crf, temperature=math.log(3)).item() == pytest.approx(
+        (right + wrong + right) / 3)
+
+
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_void_everywhere_is_zero_with_zero_gradient(name):
+    cosine, y_crf, y_ret = random_case()
+    loss = getattr(losses, name)(cosine, torch.full_like(y_crf, VOID), y_ret)
+    loss.backward()  # the trainer calls it as ever
+    assert loss.item() == 0 and not cosine.grad.any()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5, 7.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_cosines_of_exactly_1_and_minus_1(name, dtype, gamma):
+    g = torch.Generator().manual_seed(0)
+    _, y_crf, y_ret = random_case(H=8, W=8)
+    cosine = (torch.randint(2, (2, 4, 8, 8), generator=g) * 2 - 1).to(dtype)
+    cosine[0, :, :4] = -1  # all D = 0
+    cosine[1, :, :2] *= 1 + 2e-7  # just beyond, as rounding leaves them
+    cosine.requires_grad_()
+    settings = dict(gamma=gamma) if name == "noise_aware_loss" else {}
+    loss = getattr(losses, name)(cosine, y_crf, y_ret, **settings)
+    loss.backward()
+    assert loss.isfinite() and cosine.grad.isfinite().all()
+
+
+def test_sigma_zero_everywhere_leaves_the_first_term():
+    cosine = torch.ones(1, 3, 2, 2, dtype=torch.float64)
+    cosine[:, 1] = -1
+    cosine.requires_grad_()
+    y_crf, y_ret = torch.tensor([[[0, 1], [1, 1]]]), torch.tensor([[[0, 0], [0, 2]]])
+    loss = losses.noise_aware_loss(cosine, y_crf, y_ret)
+    loss.backward()
+    torch.testing.assert_close(loss, losses.agreement_loss(cosine, y_crf, y_ret))
+    assert cosine.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_gradcheck(name):
+    cosine, y_crf, y_ret = random_case(N=1, H=3, W=4)
+    # a low temperature: at 20 many gradients drown in the finite differences' rounding
+    assert torch.autograd.gradcheck(lambda c: getattr(losses, name)(c, y_crf, y_ret, temperature=4.0), cosine)
+
+
+def test_sigma_is_not_detached():
+    """With one pixel in ~S, sigma cancels; with two, raising the surer pixel's sigma moves the mean."""
+    cosine, y_crf, y_ret = random_case(differ=1.0, void=0)
+    full, = torch.autograd.grad(losses.noise_aware_loss(cosine, y_crf, y_ret), cosine)
+    D = 1 + cosine.detach()
+    sigma = (D.gather(1, y_crf[:, None])[:, 0] / D.amax(1)) ** 7
+    nll = -(20 * cosine).log_softmax(1).gather(1, y_crf[:, None])[:, 0]
+    detached, = torch.autograd.grad(0.1 * (sigma * nll).sum() / sigma.sum(), cosine)
+    assert not torch.allclose(full, detached)
+
+
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_one_loss_of_a_batch_is_a_mean_over_its_pixels(name):
+    """Pixels may be dealt to images in any way."""
+    cosine, y_crf, y_ret = random_case()
+    loss = getattr(losses, name)(cosine, y_crf, y_ret)
+    row = getattr(losses, name)(torch.cat(list(cosine), 1)[None], y_crf.flatten(0, 1)[None],
+                                y_ret.flatten(0, 1)[None])
+    torch.testing.assert_close(loss, row)

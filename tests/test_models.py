@@ -1,0 +1,552 @@
+"""models.py: pooling and upsampling against the equations in reference.py, and the networks' facts."""
+import os
+import shutil
+import subprocess
+import sys
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import reference
+from conftest import ROOT, SHARED
+from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError
+
+# map size, image size; the two differ by no round factor, or one side has a single cell
+SIZES = [((7, 9), (53, 70)), ((5, 6), (5, 6)), ((1, 9), (7, 70)), ((6, 1), (40, 8)), ((9, 9), (65, 65))]
+
+
+def close(ours, theirs, tolerance=1e-5):
+    assert ours.shape == theirs.shape
+    scale = theirs.abs().max().item() if theirs.numel() else 1.0
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+def random_features(N, C, h, w, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(N, C, h, w, generator=g, dtype=torch.float64) + 0.5
+
+
+def random_boxes(counts, image_size, seed=0):
+    """Boxes of any size and place, some reaching beyond the image."""
+    g, (H, W) = torch.Generator().manual_seed(seed), image_size
+    boxes = []
+    for count in counts:
+        centre = torch.rand(count, 2, generator=g) * torch.tensor([W, H])
+        half = (torch.rand(count, 2, generator=g) * 0.3 + 0.02) * torch.tensor([W, H])
+        boxes.append(torch.cat([centre - half, centre + half], 1))
+    return boxes
+
+
+def same_pooling(features, boxes, image_size, background=None, **settings):
+    """Outputs, and the gradients of a random weighted sum of them, equal the reference's."""
+    features.requires_grad_()
+    expected = reference.bap(features, boxes, image_size, background, **settings)
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(out.shape, generator=g, dtype=torch.float64) for out in expected]
+
+    def gradient(pooled, features):
+        total = sum((out * weight.to(out)).sum() for out, weight in zip(pooled, weights))
+        return torch.autograd.grad(total + 0 * features.sum(), features)[0]
+
+    theirs = gradient(expected, features)
+    for dtype, tolerance in [(torch.float64, 1e-5), (torch.float32, 1e-4)]:
+        f = features.detach().to(dtype).requires_grad_()
+        pooled = BAP(**settings)(f, [b.to(dtype) for b in boxes], image_size, background)
+        for name, out in zip(("foreground", "queries", "attention"), expected):
+            assert getattr(pooled, name).dtype == dtype
+            close(getattr(pooled, name).detach(), out.detach(), tolerance)
+        close(gradient(pooled, f), theirs, tolerance)
+
+
+# ---- BAP against the equations ----
+
+@pytest.mark.parametrize("grid", [1, 3, 4, 5])
+@pytest.mark.parametrize("map_size, image_size", SIZES)
+def test_bap_equals_the_equations(map_size, image_size, grid):
+    same_pooling(random_features(2, 4, *map_size), random_boxes((3, 1), image_size), image_size, grid=grid)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3])
+@pytest.mark.parametrize("counts", [(0,), (0, 0), (2, 0, 4), (7,)])
+def test_bap_counts_and_bins(counts, bins):
+    boxes = random_boxes(counts, (41, 50), seed=3)
+    same_pooling(random_features(len(counts), 3, 6, 7), boxes, (41, 50), bins=bins)
+
+
+@pytest.mark.parametrize("box", [
+    (0, 0, 50, 41),  # the whole image
+    (-9.5, -3, 70, 60),  # more than that
+    (10, 5, 11, 30), (10.3, 5, 11.3, 6), (10.2, 5.4, 10.4, 5.6),  # a pixel wide; a pixel; less
+    (0, 0, 50, 30), (0, 20, 25, 41), (-5, -5, 3.25, 2.5), (44, 38, 90, 50),  # at the edges
+], ids=str)
+def test_bap_box(box):
+    same_pooling(random_features(1, 3, 6, 7), [torch.tensor([box], dtype=torch.float64)], (41, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_bap_background_with_padding(dtype):
+    """Padding is not background: a frame of zeros outside the boxes too."""
+    boxes = random_boxes((3, 1), (41, 50), seed=1)
+    background = torch.stack([reference.outside_boxes(b, (41, 50)) for b in boxes])[:, None]
+    background[..., 33:, :] = background[..., 44:] = 0
+    same_pooling(random_features(2, 3, 6, 7), boxes, (41, 50), background.to(dtype))
+
+
+def test_bap_background_in_boxes_and_nowhere():
+    boxes = random_boxes((2, 2, 2), (41, 50))
+    background = (torch.rand(3, 1, 41, 50, generator=torch.Generator().manual_seed(0)) < 0.4).double()
+    background[1] = 0
+    background[2] = 1  # keep is 0 everywhere: plain pooling of every part
+    same_pooling(random_features(3, 3, 6, 7), boxes, (41, 50), background)
+
+
+def test_bap_zero_features():
+    """ReLU leaves cells, and queries, of zeros: their cosine is 0, and no gradient is NaN."""
+    features = random_features(2, 3, 6, 7)
+    features[0, :, 1:4, 2:5] = 0
+    features[1, :, :, :3] = 0
+    boxes = [torch.tensor([[8.0, 4, 40, 33]]), torch.tensor([[20.0, 8, 44, 30]])]
+    same_pooling(features, boxes, (41, 50))
+
+
+@pytest.mark.parametrize("min_background", [0.0, 0.2, 0.6])
+def test_bap_min_background(min_background):
+    """Backgrounds of 73 %, 44 % and 10 %."""
+    boxes = [torch.tensor([[0.0, 0, 50, height]]) for height in (11, 23, 37)]
+    same_pooling(random_features(3, 3, 6, 7), boxes, (41, 50), min_background=min_background)
+
+
+def test_bap_share_of_exactly_min_background_is_pooled_plainly():
+    features, box = random_features(1, 3, 8, 8), torch.tensor([[0.0, 0, 8, 7]])  # 1/8 background
+    same_pooling(features, [box], (8, 8), min_background=0.125)
+    features = features.detach()
+    plain, aware = (BAP(min_background=m)(features, [box], (8, 8)) for m in (0.125, 0.124))
+    assert torch.equal(plain.attention, reference.outside_boxes(box, (8, 8))[None, None])
+    assert (aware.attention[0, 0, :7] > 0).any()
+    close(plain.queries, aware.queries)
+
+
+def test_bap_with_min_background_1_is_average_pooling():
+    features, boxes = random_features(2, 3, 6, 7), random_boxes((3, 2), (41, 50))
+    pooled = BAP(bins=1, min_background=1.0)(features, boxes, (41, 50))
+    means = [reference.weighted_mean(f, reference.box_weights(box, (6, 7), (41, 50)))
+             for f, image in zip(features, boxes) for box in image.tolist()]
+    close(pooled.foreground, torch.stack(means)[:, None])
+    assert len(pooled.queries) > 0
+
+
+def test_bap_gradcheck():
+    boxes = random_boxes((2, 1), (17, 25))
+    features = random_features(2, 2, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: tuple(BAP(grid=2)(f, boxes, (17, 25))), features)
+
+
+def test_bap_images_do_not_influence_each_other():
+    boxes = random_boxes((2, 0, 4, 1), (41, 50), seed=5)
+    features, bap = random_features(4, 3, 6, 7), BAP()
+    alone = [bap(f[None], [b], (41, 50)) for f, b in zip(features, boxes)]
+    for together, parts in zip(bap(features, boxes, (41, 50)), zip(*alone)):
+        close(together, torch.cat(parts), 1e-12)
+
+
+def test_bap_order_of_boxes():
+    features, (boxes,) = random_features(1, 3, 6, 7), random_boxes((5,), (41, 50))
+    forth, back = (BAP()(features, [b], (41, 50)) for b in (boxes, boxes.flip(0)))
+    close(forth.foreground, back.foreground.flip(0), 1e-12)
+    close(forth.attention, back.attention, 1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_bap_needs_one_list_of_boxes_an_image(count):
+    with pytest.raises(ValueError):
+        BAP()(random_features(2, 3, 6, 7), random_boxes((1,) * count, (41, 50)), (41, 50))
+
+
+def test_bap_holds_nothing():
+    assert not list(BAP().parameters()) and not BAP().state_dict()
+
+
+# ---- BAP by hand ----
+
+def test_bap_by_hand():
+    """A map of 1 x 4 cells, a pixel each; the box covers the middle two."""
+    features = torch.tensor([[1.0, 0], [2, 0], [3, 4], [1, 0]]).T.reshape(1, 2, 1, 4)
+    pooled = BAP(grid=1, bins=1)(features, [torch.tensor([[1.0, 0, 3, 1]])], (1, 4))
+    assert pooled.queries.tolist() == [[1, 0]]
+    torch.testing.assert_close(pooled.attention.flatten(), torch.tensor([1, 1, 0.6, 1]))
+    torch.testing.assert_close(pooled.foreground, torch.tensor([[[3.0, 4]]]))
+
+
+def test_bap_part_of_a_cell():
+    """Two cells along 3 pixels, [0, 1.5] and [1.5, 3]: the box [0, 2] covers one and a third of the other."""
+    features = torch.tensor([[[[0.0, 4]]]])
+    pooled = BAP(bins=1, min_background=1.0)(features, [torch.tensor([[0.0, 0, 2, 1]])], (1, 3))
+    assert pooled.foreground.item() == pytest.approx(1.0)
+    torch.testing.assert_close(pooled.attention.flatten(), torch.tensor([0, 2 / 3]))
+
+
+def test_bap_bins_and_queries_go_row_by_row():
+    features = torch.arange(16.0).reshape(1, 1, 4, 4)
+    pooled = BAP(grid=2, bins=2)(features, [torch.tensor([[0.0, 0, 2, 2]])], (4, 4))
+    assert pooled.queries.flatten().tolist() == [4.5, 10.5, 12.5]
+    pooled = BAP(bins=2, min_background=1.0)(features, [torch.tensor([[0.0, 0, 2, 2]])], (4, 4))
+    assert pooled.foreground.flatten().tolist() == [0, 1, 4, 5]
+
+
+def test_bap_finds_the_object():
+    """An object in a box larger than it: what looks like the background outside is left out."""
+    background, object_ = torch.tensor([2.0, 0, 1]), torch.tensor([-1.0, 5, 2])  # cosine 0
+    features = background[None, :, None, None].repeat(1, 1, 12, 12)
+    features[:, :, 4:8, 3:9] = object_[:, None, None]
+    box = torch.tensor([[2.0, 2, 11, 10]])
+    pooled = BAP()(features, [box], (12, 12))
+    torch.testing.assert_close(pooled.foreground, object_.expand(1, 4, 3))
+    torch.testing.assert_close(pooled.queries, background.expand(len(pooled.queries), 3))
+    plain = BAP(min_background=1.0)(features, [box], (12, 12))
+    assert (plain.foreground - object_).abs().amax(2).min() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bap_of_constant_features_is_that_constant(dtype):
+    """A = 1 in boxes too, up to rounding: nothing is kept, and no noise is weighed."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        constant = torch.randn(3, generator=g, dtype=torch.float64).to(dtype)
+        features = constant[None, :, None, None].repeat(1, 1, 6, 7).requires_grad_()
+        pooled = BAP()(features, random_boxes((3,), (41, 50)), (41, 50))
+        torch.testing.assert_close(pooled.foreground, constant.expand(3, 4, 3), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pooled.attention, torch.ones(1, 1, 6, 7, dtype=dtype))
+        pooled.foreground.sum().backward()
+        assert features.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid, size", [(3, 6), (3, 9), (4, 12), (5, 15), (6, 42), (7, 49)])
+def test_bap_grid_cells_that_end_on_cell_edges(grid, size, dtype):
+    """Background in one grid cell gives one query: rounding lends its neighbours no sliver of it."""
+    features, step = random_features(1, 3, size, size).to(dtype), size // grid
+    for g in range(grid):
+        background = torch.zeros(1, 1, size, size)
+        background[..., step * g:step * (g + 1), step * (grid - 1 - g):step * (grid - g)] = 1
+        pooled = BAP(grid=grid, min_background=0.0)(features, [torch.zeros(0, 4)], (size, size), background)
+        expected = features[0][:, background[0, 0] > 0].mean(1)
+        torch.testing.assert_close(pooled.queries, expected[None])
+
+
+# ---- features looked at in the image's size ----
+
+# map size, size, canvas
+LOOKS = [((4, 5), (13, 17), None), ((4, 5), (11, 15), (16, 20)), ((4, 5), (1, 1), (13, 17)),
+         ((1, 5), (3, 17), None), ((4, 1), (9, 4), (13, 8)), ((1, 1), (5, 6), None),
+         ((5, 6), (5, 6), None), ((9, 8), (5, 6), None)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("map_size, size, canvas", LOOKS)
+def test_upsampled_equals_interpolation(map_size, size, canvas, dtype, tolerance):
+    g = torch.Generator().manual_seed(0)
+    features = random_features(1, 6, *map_size)[0]
+    vectors = torch.randn(3, 6, generator=g, dtype=torch.float64).to(dtype)
+    vectors[1] = 0
+    masks = torch.rand(4, *size, generator=g) < 0.4
+    masks[2], masks[3] = 0, 1
+    look = Upsampled(features.to(dtype), size, canvas) if canvas else Upsampled(features.to(dtype), size)
+    close(look.dot(vectors), reference.upsampled_dot(features, vectors, size, canvas), tolerance)
+    close(look.norm(), reference.upsampled_norm(features, size, canvas), tolerance)
+    close(look.cosine(vectors), reference.upsampled_cosine(features, vectors, size, canvas), tolerance)
+    for mask_dtype in (torch.bool, torch.uint8, dtype):
+        means = reference.upsampled_mean(features, masks, size, canvas)
+        close(look.mean(masks.to(mask_dtype)), means, tolerance)
+
+
+def test_upsampled_of_zeros():
+    features = random_features(1, 6, 4, 5)[0]
+    features[:, :, 2:] = 0
+    vectors = random_features(1, 6, 1, 2)[0].flatten(1).T
+    look = Upsampled(features, (13, 17))
+    close(look.cosine(vectors), reference.upsampled_cosine(features, vectors, (13, 17)))
+    assert not look.cosine(vectors)[:, :, 8:].any() and not look.norm()[:, 8:].any()
+
+
+def test_upsampled_norm_where_neighbours_cancel():
+    """Halfway from f to -f the feature is zero; rounding must leave no NaN."""
+    f = random_features(1, 64, 1, 1)[0].float()
+    features = torch.cat([f, -f, f, -f], 2).repeat(1, 3, 1)
+    look = Upsampled(features, (9, 13))
+    assert look.norm().isfinite().all() and look.norm().min() < 1e-2
+    cosine = look.cosine(f.reshape(1, -1))
+    assert cosine.isfinite().all() and cosine.abs().max() <= 1 + 1e-4
+
+
+# ---- networks ----
+
+def small(model=DeepLab, labels=5, **settings):
+    torch.manual_seed(0)
+    return model(labels, **dict(dict(backbone="vgg16", width=0.125, weights="none"), **settings)).eval()
+
+
+def random_images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_vgg16_is_largefov():
+    for build, labels, rate in (BoxClassifier, 20, 1), (DeepLab, 21, 12):
+        with torch.device("meta"):
+            model = build(labels)
+        layers = list(model.backbone.features)
+        convolutions = [m for m in layers if isinstance(m, nn.Conv2d)]
+        assert [m.out_channels for m in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+        assert [m.dilation[0] for m in convolutions] == [1] * 10 + [2] * 3
+        pools = [m for m in layers if isinstance(m, nn.MaxPool2d)]
+        assert [(m.kernel_size, m.stride) for m in pools] == [(3, 2)] * 3 + [(3, 1)] * 2
+        assert isinstance(layers[-1], nn.AvgPool2d) and (layers[-1].kernel_size, layers[-1].stride) == (3, 1)
+        fc6, fc7 = model.backbone.fc6, model.backbone.fc7
+        assert fc6.weight.shape == (1024, 512, 3, 3) and fc6.dilation == fc6.padding == (rate, rate)
+        assert fc7.weight.shape == (1024, 1024, 1, 1)
+        assert any(isinstance(m, nn.Dropout2d) and m.p == 0.5 for m in model.modules())
+        assert model.classifier.weight.shape[:2] == (21, 1024) and model.classifier.bias is None
+
+
+def test_vgg16_drops_whole_channels_after_fc6_and_fc7():
+    model, seen = small(width=0.5), {}
+    model.backbone.fc7.register_forward_pre_hook(lambda _, x: seen.update(fc6=x[0]))
+    seen["fc7"] = model.train().features(random_images(1, 3, 65, 65))
+    for x in seen.values():
+        dead = (x == 0).flatten(2).all(2).float().mean()
+        assert 0.4 < dead < 0.8
+
+
+def test_resnet_is_deeplab_v2():
+    model = DeepLab(21, backbone="resnet50", weights="none")
+    for name, dilation in (("layer3", 2), ("layer4", 4)):
+        first, *blocks = getattr(model.backbone, name)
+        assert all(block.conv2.dilation == (dilation, dilation) for block in blocks)
+        assert first.conv2.stride == first.downsample[0].stride == (1, 1)
+    branches = list(model.head.branches)
+    assert [b.dilation[0] for b in branches] == [b.padding[0] for b in branches] == [6, 12, 18, 24]
+    assert all(b.weight.shape == (256, 2048, 3, 3) for b in branches)
+    x = random_images(1, 2048, 5, 5)
+    torch.testing.assert_close(model.head(x), sum(b(x) for b in branches).relu())
+
+
+@pytest.mark.parametrize("model, backbone", [
+    (BoxClassifier, "vgg16"), (DeepLab, "vgg16"), (DeepLab, "vgg16_bn"), (DeepLab, "resnet50"),
+    (DeepLab, "timm/tf_efficientnet_lite0")])
+def test_cell_j_lies_on_pixel_8j(model, backbone):
+    """9 x 9 cells for 65 x 65 pixels; the mirrored network on the mirrored image gives the mirrored map."""
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    model = small(model, backbone=backbone, width=0.125 if backbone.startswith("vgg") else 1.0)
+    images = random_images(1, 3, 65, 65)
+    with torch.no_grad():
+        forth = model.features(images)
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.copy_(parameter.flip(2, 3))
+        back = model.features(images.flip(2, 3))
+    assert forth.shape[2:] == (9, 9) and forth.std() > 0
+    close(back.flip(2, 3), forth.double(), 1e-3)
+
+
+@pytest.mark.parametrize("size", [(65, 65), (64, 66), (33, 50), (7, 1)])
+def test_deeplab_gives_cosines_of_the_images_size(size):
+    model, (H, W) = small(), size
+    images = random_images(2, 3, H, W)
+    with torch.no_grad():
+        cosine, phi = model(images), model.features(images)
+    assert cosine.shape == (2, 5, H, W) and cosine.abs().max() <= 1 + 1e-6
+    # at pixels 8 j stand the cells' own cosines
+    rows = model.classifier.weight.flatten(1)
+    cells = torch.cosine_similarity(phi[:, None], rows[None, :, :, None, None], dim=2)
+    h, w = cosine[..., ::8, ::8].shape[2:]
+    torch.testing.assert_close(cosine[..., ::8, ::8], cells[..., :h, :w], rtol=1e-4, atol=1e-5)
+
+
+def test_deeplab_pads_with_the_mean_colour_at_the_right_and_bottom():
+    model, images = small(), random_images(2, 3, 40, 52)
+    padded = model.mean.reshape(1, 3, 1, 1).repeat(2, 1, 41, 57)
+    padded[..., :40, :52] = images
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), model(padded)[..., :40, :52], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [BoxClassifier, DeepLab])
+def test_images_are_uint8_or_in_0_to_1(model):
+    model = small(model)
+    images = torch.randint(256, (1, 3, 33, 33), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    torch.testing.assert_close(model.features(images), model.features(images / 255))
+    assert {"mean", "std"} <= dict(model.named_buffers()).keys()
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    torch.testing.assert_close(model.std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_box_classifier_pools_and_classifies():
+    model, images = small(BoxClassifier, 20), random_images(2, 3, 65, 65)
+    boxes = random_boxes((2, 1), (65, 65))
+    scores, pooled = model(images, boxes), BAP()(model.features(images), boxes, (65, 65))
+    assert scores.foreground.shape == (3, 4, 21) and scores.queries.shape[1] == 21
+    rows = model.classifier.weight.flatten(1)
+    torch.testing.assert_close(scores.foreground, pooled.foreground @ rows.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.queries, pooled.queries @ rows.T, rtol=1e-4, atol=1e-5)
+    (scores.foreground.sum() + scores.queries.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    nothing = model(images, random_boxes((0, 0), (65, 65)))
+    assert nothing.foreground.shape == (0, 4, 21) and len(nothing.queries) == 32
+
+
+# ---- weights ----
+
+def random_state(name):
+    """torchvision's network, random; each tensor is a strided look at few numbers: files stay small."""
+    g = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        state = torchvision.models.get_model(name).state_dict()
+    for key, value in state.items():
+        if value.dim() == 0:
+            state[key] = torch.zeros((), dtype=value.dtype)
+            continue
+        strides = [stride for stride, _ in zip((5, 3, 2, 1), value.shape)]
+        count = 1 + sum(stride * (size - 1) for stride, size in zip(strides, value.shape))
+        state[key] = (torch.rand(count, generator=g) / 100).as_strided(value.shape, strides)
+    return state
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Puts a state dict where torch.hub keeps what it downloads; there is no network."""
+    def offline(url, *args, **kwargs):
+        raise URLError("no network")
+
+    def put(name, entry, state):
+        url = torchvision.models.get_model_weights(name)[entry].url
+        file = tmp_path / "hub/checkpoints" / url.split("/")[-1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, file)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    return put
+
+
+def assert_vgg16_holds(model, state):
+    for key, value in model.backbone.features.state_dict().items():
+        assert torch.equal(value, state["features." + key])
+    fc6, fc7 = model.backbone.fc6, model.backbone.fc7
+    wide6, wide7 = state["classifier.0.weight"], state["classifier.3.weight"]
+    for o, i, y, x in (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (999, 511, 2, 2):
+        assert fc6.weight[o, i, y, x] == wide6[4 * o, i * 49 + 3 * y * 7 + 3 * x]
+        assert fc7.weight[o, i, 0, 0] == wide7[4 * o, 4 * i]
+    assert torch.equal(fc6.bias, state["classifier.0.bias"][::4])
+    assert torch.equal(fc7.bias, state["classifier.3.bias"][::4])
+
+
+def test_vgg16_imagenet(hub):
+    state = random_state("vgg16")
+    hub("vgg16", "IMAGENET1K_V1", state)
+    assert_vgg16_holds(BoxClassifier(3, backbone="vgg16", weights="imagenet"), state)
+
+
+def test_vgg16_from_a_file(tmp_path):
+    state = random_state("vgg16")
+    torch.save(state, tmp_path / "mine.pth")
+    model = DeepLab(3, backbone="vgg16", weights=str(tmp_path / "mine.pth"))
+    assert_vgg16_holds(model, state)
+    groups = {(g["lr"], g["weight_decay"]): g["params"] for g in
+              model.parameter_groups(1.0, 5e-4, double_bias=True)}
+    assert {k: len(v) for k, v in groups.items()} == {(1.0, 5e-4): 15, (2.0, 0.0): 15, (10.0, 5e-4): 1}
+
+
+def test_vgg16_imagenet_features(hub):
+    """The Caffe-coloured one: no fc6, fc7 (torchvision's file holds NaN there), and its own mean and std."""
+    state = random_state("vgg16")
+    nan = torch.tensor(torch.nan)
+    state.update({k: nan.expand(v.shape) for k, v in state.items() if k.startswith("classifier")})
+    hub("vgg16", "IMAGENET1K_FEATURES", state)
+    model = DeepLab(3, backbone="vgg16", weights="imagenet_features")
+    for key, value in model.backbone.features.state_dict().items():
+        assert torch.equal(value, state["features." + key])
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert (255 * model.mean.flatten()).tolist() == pytest.approx([122.675, 116.669, 104.008], abs=0.5)
+    torch.testing.assert_close(255 * model.std.flatten(), torch.ones(3))
+    assert {g["lr"]: len(g["params"]) for g in model.parameter_groups(1.0, 0.0)} == {1.0: 26, 10.0: 5}
+
+
+def test_resnet_imagenet_and_its_frozen_batch_norm(hub):
+    state = random_state("resnet50")
+    hub("resnet50", "IMAGENET1K_V1", state)
+    model = DeepLab(3, backbone="resnet50", weights="imagenet").train()
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert model.head.training
+
+
+def test_timm_from_a_file():
+    pytest.importorskip("timm")
+    file = SHARED / "weights/tf_efficientnet_lite0.pth"
+    if not file.is_file():
+        pytest.skip("needs ../shared/weights/tf_efficientnet_lite0.pth")
+    model, state = DeepLab(3, backbone="timm/tf_efficientnet_lite0", weights=str(file)), torch.load(file)
+    held = model.backbone.state_dict()
+    assert "conv_stem.weight" in held and len(held) > 200
+    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in held.items())
+    assert model.mean.unique().tolist() == model.std.unique().tolist() == [0.5]
+    assert model.eval()(random_images(1, 3, 50, 65)).shape == (1, 3, 50, 65)
+
+
+def test_timm_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(WeightsError, match="pip install timm"):
+        DeepLab(3, backbone="timm/tf_efficientnet_lite0", weights="none")
+
+
+def one_line(error, *words):
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("backbone, other", [
+    ("vgg16", "resnet50"), ("vgg16", "vgg16_bn"), ("vgg16_bn", "vgg16"), ("resnet50", "vgg16"),
+    ("resnet50", "resnet101"), ("resnet101", "resnet50"), ("timm/tf_efficientnet_lite0", "resnet18")])
+def test_file_of_another_network(tmp_path, backbone, other):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    torch.save(random_state(other), tmp_path / "other.pth")
+    with pytest.raises(WeightsError) as error:
+        DeepLab(3, backbone=backbone, weights=str(tmp_path / "other.pth"))
+    one_line(error, "other.pth")
+
+
+@pytest.mark.parametrize("backbone", ["vgg16", "resnet50", "timm/tf_efficientnet_lite0"])
+def test_file_without_weights(tmp_path, backbone):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    files = {name: tmp_path / name for name in ("absent.pth", "text.pth", "list.pth", "nothing.pth")}
+    files["text.pth"].write_text("not weights\n")
+    torch.save([1, 2], files["list.pth"])
+    torch.save({}, files["nothing.pth"])
+    for name, file in files.items():
+        with pytest.raises(WeightsError) as error:
+            DeepLab(3, backbone=backbone, weights=str(file))
+        one_line(error, name)
+
+
+def test_weights_that_cannot_be_had(hub):
+    for backbone, weights in [("vgg16", "imagenet"), ("resnet50", "imagenet"), ("vgg17", "none"),
+                              ("resnet50", "imagenet_features"), ("timm/no_such_network", "none")]:
+        with pytest.raises(WeightsError) as error:
+            DeepLab(3, backbone=backbone, weights=weights)
+        one_line(error)
+
+
+# ---- the promise that each of these is one file to copy ----
+
+@pytest.mark.parametrize("module", ["models", "losses", "crf", "datasets"])
+def test_one_file_to_copy(tmp_path, module):
+    shutil.copy(ROOT / f"{module}.py", tmp_path)
+    command, environment = [sys.executable, "-c", f"import {module}"], {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -51,6 +51,7 @@ class Training:
     backbone: str = "vgg16"  # vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME
     weights: str = "imagenet"  # imagenet, imagenet_features, none, or a file
     width: float = 1.0  # of vgg16: a factor on every layer's channels
+    dropout: float = 0.5  # of vgg16: share of fc6's and fc7's channels; a narrow network from scratch needs 0
     iterations: int = 8000
     batch: int = 20
     crop: int = 321  # pixels, 8 k + 1
@@ -139,12 +140,24 @@ def configure(script, arguments):
     if Path(config["run"].name).name != config["run"].name or config["run"].name in ("", "..", "."):
         raise UsageError(f"run.name is {config['run'].name!r}, not the name of a folder under runs/")
     config = SimpleNamespace(**config, path=Path("runs") / config["run"].name)
-    config.device = torch.device("cuda" if config.run.device == "auto" and torch.cuda.is_available()
-                                 else config.run.device.replace("auto", "cpu"))
+    config.device = find_device(config.run.device)
+    names = ["background", *config.data.classes]
+    for name in config.run.mean_over:
+        if name not in names:
+            raise UsageError(f"run.mean_over: no label {name}{nearest(name, names)}")
     if config.data.shapes and not Path(config.data.root).exists():
         print(f"writing the shapes set to {config.data.root}")
         datasets.make_shapes(config.data.root)
     return config
+
+
+def find_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"run.device: {name}: {str(error).splitlines()[0]}; use auto or cpu") from None
 
 
 def read_yaml(path):
@@ -288,9 +301,6 @@ def scores(matrix, names, config):
         values = [v for v in values if v is not None]
         return sum(values) / len(values) if values else math.nan
 
-    unknown = [name for name in config.run.mean_over if name not in names]
-    if unknown:
-        raise UsageError(f"run.mean_over: no label {unknown[0]}{nearest(unknown[0], names)}")
     result = dict(miou=mean(iou.values()), iou=iou)
     if config.run.mean_over:
         result["miou_over"] = mean(iou[name] for name in config.run.mean_over)
@@ -332,6 +342,9 @@ def train(config, script, settings, network, dataset, losses):
     NAME.partial holds all that the run needs to go on; where it lies, the run goes on from it.
     """
     name = {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
+    for key in ("iterations", "batch"):
+        if getattr(settings, key) < 1:
+            raise UsageError(f"{script}.{key} is {getattr(settings, key)}, not at least 1")
     state = dict(settings=[asdict(config.data), asdict(settings), config.run.seed], iteration=0)
     network = network.train().to(config.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(

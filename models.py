@@ -231,7 +231,7 @@ class VGG16(nn.Module):
     pool, fc6 a dilated 3x3 and fc7 a 1x1 convolution of 1,024 channels. features.* is named as in torchvision.
     """
 
-    def __init__(self, dilation, width=1.0, batch_norm=False):
+    def __init__(self, dilation=1, width=1.0, batch_norm=False, dropout=0.5):
         super().__init__()
         layers, previous = [], 3
         for block, (channels, convolutions) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)), 1):
@@ -245,7 +245,7 @@ class VGG16(nn.Module):
         self.channels = round(1024 * width)
         self.fc6 = nn.Conv2d(previous, self.channels, 3, padding=dilation, dilation=dilation)
         self.fc7 = nn.Conv2d(self.channels, self.channels, 1)
-        self.dropout = nn.Dropout2d(0.5)
+        self.dropout = nn.Dropout2d(dropout)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
@@ -310,8 +310,8 @@ def cut_vgg16(state, source):
     return cut
 
 
-def vgg_backbone(name, weights, dilation, width):
-    module = VGG16(dilation, width, batch_norm=name == "vgg16_bn")
+def vgg_backbone(name, weights, dilation, width, dropout):
+    module = VGG16(dilation, width, name == "vgg16_bn", dropout)
     colours, loaded = IMAGENET, set()
     if weights != "none":
         if weights in ("imagenet", "imagenet_features"):
@@ -366,11 +366,11 @@ def timm_backbone(name, weights):
     return module, dict(mean=colours.mean, std=colours.std), loaded
 
 
-def build_backbone(name, weights="none", dilation=1, width=1.0):
+def build_backbone(name, weights="none", dilation=1, width=1.0, dropout=0.5):
     """-> (module with .channels, colours dict(mean, std), names of loaded weights)."""
     weights = str(weights)
     if name in ("vgg16", "vgg16_bn"):
-        return vgg_backbone(name, weights, dilation, width)
+        return vgg_backbone(name, weights, dilation, width, dropout)
     if width != 1:
         raise WeightsError(f"width: {width} is for vgg16 alone, not for {name}")
     if name in ("resnet50", "resnet101", "resnet152"):
@@ -401,12 +401,13 @@ class Network(nn.Module):
     backbone: vgg16, vgg16_bn, resnet50, resnet101, resnet152 or timm/NAME.
     weights: imagenet (torchvision's or timm's), imagenet_features (Caffe-coloured VGG-16 without fc6, fc7),
     none, or a file of them. Raises WeightsError where these cannot be had.
+    width: a factor on VGG-16's channels. dropout: share of VGG-16's fc6 and fc7 channels dropped in training.
     With pretrained weights batch normalisation stays frozen: batches of crops are too small for its statistics.
     """
 
-    def __init__(self, num_labels, backbone, weights, width, dilation, head):
+    def __init__(self, num_labels, backbone, weights, width, dropout, dilation, head):
         super().__init__()
-        self.backbone, colours, loaded = build_backbone(backbone, weights, dilation, width)
+        self.backbone, colours, loaded = build_backbone(backbone, weights, dilation, width, dropout)
         self.loaded = {"backbone." + name for name in loaded}
         self.head = nn.Identity() if isinstance(self.backbone, VGG16) else head(self.backbone.channels)
         channels = getattr(self.head, "channels", self.backbone.channels)
@@ -474,8 +475,8 @@ class BoxClassifier(Network):
     the features that `pooling` (a BAP) draws from boxes.
     """
 
-    def __init__(self, num_classes, backbone="vgg16", weights="none", width=1.0, pooling=None):
-        super().__init__(1 + num_classes, backbone, weights, width, dilation=1, head=Head)
+    def __init__(self, num_classes, backbone="vgg16", weights="none", width=1.0, dropout=0.5, pooling=None):
+        super().__init__(1 + num_classes, backbone, weights, width, dropout, dilation=1, head=Head)
         self.pooling = pooling or BAP()
 
     def forward(self, images, boxes, background=None):
@@ -490,8 +491,8 @@ class BoxClassifier(Network):
 class DeepLab(Network):
     """Stage 3: with vgg16 DeepLab-V1 (LargeFOV), with others DeepLab-V2 (ASPP), and a cosine classifier."""
 
-    def __init__(self, num_labels, backbone="vgg16", weights="none", width=1.0):
-        super().__init__(num_labels, backbone, weights, width, dilation=12, head=ASPP)
+    def __init__(self, num_labels, backbone="vgg16", weights="none", width=1.0, dropout=0.5):
+        super().__init__(num_labels, backbone, weights, width, dropout, dilation=12, head=ASPP)
 
     def forward(self, images):
         """images (N, 3, H, W) -> cos(phi(p), W_c): (N, L, H, W) in [-1, 1]."""

@@ -26,7 +26,9 @@ class Settings(engine.Training):
 
 
 def losses(network, batch):
-    """Cross-entropy over every foreground feature (its box's class) and every background query (class 0)."""
+    """Cross-entropy over every foreground feature (its box's class) and every background query (class 0); and the
+    shares of both that are classified right.
+    """
     scores = network(batch["image"], batch["boxes"], batch["background"])
     labels = torch.cat(batch["labels"]).to(batch["image"].device, non_blocking=True)
     labels = labels[:, None].expand(scores.foreground.shape[:2]).flatten()
@@ -34,14 +36,18 @@ def losses(network, batch):
     targets = torch.cat((labels, labels.new_zeros(len(scores.queries))))
     # An empty batch (no boxes, no background) has a loss of 0, not of 0 / 0.
     loss = F.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
-    return {"loss": loss}
+    right = (logits.argmax(1) == targets).float()
+    count = len(labels)
+    return {"loss": loss, "right_boxes": right[:count].mean(), "right_queries": right[count:].mean()}
 
 
 def main(config):
     s = config.train_cls
+    if s.crop < 9 or s.crop % models.STRIDE != 1:
+        raise engine.UsageError(f"train_cls.crop is {s.crop}, not 8 k + 1, such as 321: the size whose map has no margin")
     torch.manual_seed(config.run.seed)
     pooling = models.BAP(s.grid, s.bins, s.min_background if s.pooling == "bap" else 1.0)
-    network = models.BoxClassifier(len(config.data.classes), s.backbone, s.weights, s.width, pooling)
+    network = models.BoxClassifier(len(config.data.classes), s.backbone, s.weights, s.width, s.dropout, pooling)
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
     dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform)
     engine.train(config, "train_cls", s, network, dataset, losses)

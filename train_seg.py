@@ -48,7 +48,7 @@ def main(config):
         if not folder.is_dir():
             raise engine.UsageError(f"{folder} is missing: make it with python make_labels.py")
     torch.manual_seed(config.run.seed)
-    network = models.DeepLab(1 + len(config.data.classes), s.backbone, s.weights, s.width)
+    network = models.DeepLab(1 + len(config.data.classes), s.backbone, s.weights, s.width, s.dropout)
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
     dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform,
                                   masks=[folder.resolve() for folder in folders], boxes=s.balance)

@@ -1,0 +1,266 @@
+"""The four commands, one after another, on a small copy of the shapes set; and what they say to bad input."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+import engine
+import models
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["train_cls.iterations=4", "train_seg.iterations=4", "train_cls.batch=4", "train_seg.batch=4",
+         "train_cls.crop=65", "train_seg.crop=65", "train_cls.width=0.0625", "train_seg.width=0.0625", "run.workers=0",
+         "run.log_every=2", "make_labels.crf_iterations=2", "eval.crf_iterations=2", "eval.panels=2"]
+
+
+def command(script, *arguments, cwd):
+    return subprocess.run([sys.executable, ROOT / f"{script}.py", *arguments, *SMALL], cwd=cwd, capture_output=True,
+                          text=True)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder where all four commands have run."""
+    folder = tmp_path_factory.mktemp("work")
+    datasets.make_shapes(folder / "data" / "shapes", train=8, val=4)
+    for script in ("train_cls", "make_labels", "train_seg", "eval"):
+        done = command(script, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        (folder / f"{script}.out").write_text(done.stdout)
+    return folder
+
+
+def test_every_file_is_there(work):
+    run = work / "runs" / "shapes"
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    ids = {split: datasets.read_list(work / "data" / "shapes", split) for split in ("train", "val")}
+    labels = {f"labels/{kind}/{name}.png" for kind in ("Ycrf", "Yret", "u0") for name in ids["train"] + ids["val"]}
+    predictions = {f"predictions/{name}.png" for name in ids["val"]}
+    others = {"cls.pt", "seg.pt", "labels/scores.json", "eval.json", "metrics.jsonl", "panels.png"}
+    assert names == labels | predictions | others
+
+
+def test_labels_are_palette_images_and_background_outside_boxes(work):
+    run, root = work / "runs" / "shapes", work / "data" / "shapes"
+    dataset = datasets.VOCDataset(root, "train", datasets.SHAPES)
+    for sample in dataset:
+        for kind in ("Ycrf", "Yret"):
+            picture = Image.open(run / "labels" / kind / f"{sample['id']}.png")
+            assert picture.mode == "P" and picture.getpalette()[3:6] == [128, 0, 0]
+            mask = np.array(picture)
+            assert (mask[sample["background"][0].numpy() == 1] == 0).all()
+            assert set(np.unique(mask)) <= {0, *sample["labels"].tolist()}
+
+
+def test_scores_are_those_of_the_files(work):
+    run, root = work / "runs" / "shapes", work / "data" / "shapes"
+    written = json.loads((run / "labels" / "scores.json").read_text())["val"]
+    for kind in ("Ycrf", "Yret"):
+        right = wrong = 0
+        inter, union = np.zeros(7), np.zeros(7)
+        for name in datasets.read_list(root, "val"):
+            truth = np.array(Image.open(root / "SegmentationClassAug" / f"{name}.png"))
+            labels = np.array(Image.open(run / "labels" / kind / f"{name}.png"))
+            for y in range(truth.shape[0]):
+                for t, p in zip(truth[y].tolist(), labels[y].tolist()):
+                    if t == 255:
+                        continue
+                    right, wrong = right + (t == p), wrong + (t != p)
+                    for c in {t, p}:
+                        union[c] += 1
+                    inter[t] += t == p
+        iou = [100 * i / u for i, u in zip(inter, union) if u]
+        assert written[kind]["miou"] == pytest.approx(sum(iou) / len(iou))
+        assert written[kind]["pixel_accuracy"] == pytest.approx(100 * right / (right + wrong))
+
+
+def test_the_screen_ends_with_the_table(work):
+    lines = (work / "eval.out").read_text().split("mIoU, %, val\n")[1].splitlines()
+    assert [line.strip().rsplit(maxsplit=1)[0] for line in lines[:4]] == [
+        "whole boxes as labels", "Ycrf", "Yret", "segmenter, plain"]
+    assert all(0 <= float(line.split()[-1]) <= 100 for line in lines[:4])
+
+
+def test_metrics_hold_every_number(work):
+    lines = [json.loads(line) for line in (work / "runs" / "shapes" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line.get("iteration")) for line in lines] == [
+        ("train_cls", 2), ("train_cls", 4), ("make_labels", None), ("make_labels", None),
+        ("train_seg", 2), ("train_seg", 4), ("eval", None)]
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_panels_hold_two_rows(work):
+    width, height = Image.open(work / "runs" / "shapes" / "panels.png").size
+    assert width == 7 * 186 + 6 and height > 2 * 120
+
+
+def test_scales_flip_and_crf_are_named_and_kept_beside_plain(work):
+    done = command("eval", "scales=[0.5, 1]", "flip=true", "crf=true", "panels=0", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "segmenter on val, 4 images, scales 0.5 1 + flip + CRF" in done.stdout
+    results = json.loads((work / "runs" / "shapes" / "eval.json").read_text())
+    assert set(results) == {"val, plain", "val, scales 0.5 1 + flip + CRF"}
+
+
+def test_a_folder_of_labels_is_scored(work):
+    done = command("eval", "labels=data/shapes/SegmentationClassAug", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "mean               100.0" in done.stdout
+    done = command("eval", "labels=runs/shapes/labels/Ycrf", "split=train", cwd=work)
+    miou = json.loads((work / "runs/shapes/labels/scores.json").read_text())["train"]["Ycrf"]["miou"]
+    assert f"mean            {miou:8.1f}" in done.stdout
+
+
+def test_same_seed_same_weights(work, tmp_path):
+    shutil.copytree(work / "data", tmp_path / "data")
+    assert command("train_cls", cwd=tmp_path).returncode == 0
+    first, second = (torch.load(folder / "runs/shapes/cls.pt", weights_only=True)["model"] for folder in (work, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def spoilt(work, tmp_path, monkeypatch):
+    """A copy of the folder, to be spoilt, as the current one."""
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(script, capsys, monkeypatch, *arguments):
+    """Run a script in this process; returns the one line that it must end with."""
+    module = __import__(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *SMALL, "data.shapes=false", *arguments])
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as end:
+        engine.run(script, module.main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line]
+    assert end.value.code == 2 and len(lines) == 1, lines
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+    return lines[0]
+
+
+IMAGE, XML = "data/shapes/JPEGImages/{}.jpg", "data/shapes/Annotations/{}.xml"
+MASK = "data/shapes/SegmentationClassAug/{}.png"
+
+
+@pytest.mark.parametrize("script, path, change, words", [
+    ("train_cls", IMAGE, None, "no such image"),
+    ("train_cls", IMAGE, b"\xff\xd8broken", ""),
+    ("train_cls", XML, None, "no such annotation"),
+    ("train_cls", XML, b"<annotation><object>", ""),
+    ("make_labels", MASK, None, "no such mask"),
+    ("make_labels", MASK, b"\x89PNG broken", ""),
+    ("eval", MASK, b"\x89PNG broken", ""),
+    ("train_seg", "runs/shapes/labels/Yret/{}.png", None, "no such mask"),
+])
+def test_files_that_are_missing_or_broken(spoilt, capsys, monkeypatch, script, path, change, words):
+    split = "val" if script == "eval" else "train"
+    file = Path(path.format(datasets.read_list("data/shapes", split)[0]))
+    file.write_bytes(change) if change else file.unlink()
+    line = refused(script, capsys, monkeypatch)
+    assert str(file) in line and words in line
+
+
+def test_a_broken_image_in_a_worker_is_one_line_too(spoilt, capsys, monkeypatch):
+    file = Path(IMAGE.format(datasets.read_list("data/shapes", "train")[0]))
+    file.write_bytes(b"\xff\xd8broken")
+    line = refused("train_cls", capsys, monkeypatch, "run.workers=1")
+    assert line.startswith(f"train_cls.py: {file}: ")
+
+
+@pytest.mark.parametrize("old, new, word", [
+    ("<xmax>{}</xmax>", "<xmax>9999</xmax>", "leaves the image"),
+    ("<name>{}</name>", "<name>rign</name>", "rign"),
+])
+def test_bad_boxes(spoilt, capsys, monkeypatch, old, new, word):
+    file = Path(XML.format(datasets.read_list("data/shapes", "train")[0]))
+    pattern = re.escape(old).replace(r"\{\}", "[a-z0-9]+")
+    file.write_text(re.sub(pattern, new, file.read_text(), count=1))
+    line = refused("train_cls", capsys, monkeypatch)
+    assert str(file) in line and word in line
+
+
+def test_missing_folder_list_and_settings(spoilt, capsys, monkeypatch):
+    assert "nowhere: no such folder" in refused("train_cls", capsys, monkeypatch, "data.root=nowhere")
+    assert "trian.txt" in refused("train_cls", capsys, monkeypatch, "data.train=trian")
+    assert "did you mean lr?" in refused("train_cls", capsys, monkeypatch, "train_cls.lrr=1")
+    assert "nowhere.pth: no such file" in refused("train_cls", capsys, monkeypatch, "weights=nowhere.pth")
+    assert "train_cls.crop is 64" in refused("train_cls", capsys, monkeypatch, "crop=64")
+    assert "train_seg.batch is 0" in refused("train_seg", capsys, monkeypatch, "batch=0")
+    assert "run.device: nonsense" in refused("eval", capsys, monkeypatch, "run.device=nonsense")
+    assert "no label rign; did you mean ring?" in refused("eval", capsys, monkeypatch, "run.mean_over=[rign]")
+    assert "no true masks" in refused("eval", capsys, monkeypatch, "labels=runs", "data.masks=none")
+
+
+def test_an_id_with_a_path_in_it(spoilt, capsys, monkeypatch):
+    Path("data/shapes/ImageSets/Segmentation/train.txt").write_text("../../secret\n")
+    assert "train.txt" in refused("train_cls", capsys, monkeypatch)
+
+
+def test_a_stage_whose_input_is_missing_names_the_command_that_makes_it(spoilt, capsys, monkeypatch):
+    shutil.rmtree("runs/shapes")
+    Path("runs/shapes").mkdir()
+    assert "python train_cls.py" in refused("make_labels", capsys, monkeypatch)
+    assert "python make_labels.py" in refused("train_seg", capsys, monkeypatch)
+    assert "python train_seg.py" in refused("eval", capsys, monkeypatch)
+
+
+def test_checkpoints_of_others(spoilt, capsys, monkeypatch):
+    assert "the settings say" in refused("make_labels", capsys, monkeypatch, "train_cls.width=0.125")
+    assert "classes" in refused("eval", capsys, monkeypatch, "data.classes=[bar, ring, cross, crescent, vee, wav]")
+    Path("runs/shapes/seg.pt").write_bytes(b"nonsense")
+    assert "not a checkpoint" in refused("eval", capsys, monkeypatch)
+    shutil.copy("runs/shapes/cls.pt", "runs/shapes/seg.pt")
+    torch.save({"network": {}}, "runs/shapes/cls.pt")
+    assert "holds the network {}" in refused("make_labels", capsys, monkeypatch)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(spoilt, capsys, monkeypatch):
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (Path("attacked"),)
+
+    torch.save({"network": Attack()}, "runs/shapes/cls.pt")
+    assert "not a checkpoint" in refused("make_labels", capsys, monkeypatch)
+    assert not Path("attacked").exists()
+
+
+@pytest.mark.parametrize("loss", ["crf", "ret", "agree", "entropy", "bootstrap"])
+def test_every_loss_trains(spoilt, monkeypatch, loss):
+    import train_seg
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *SMALL, f"loss={loss}"])
+    engine.run("train_seg", train_seg.main)
+    assert all(v.isfinite().all() for v in torch.load("runs/shapes/seg.pt", weights_only=True)["model"].values())
+
+
+@pytest.mark.parametrize("argument", ["pooling=gap", "grid=2", "bins=1", "balance=true", "run.precision=bf16"])
+def test_every_setting_of_stage_1_trains(spoilt, monkeypatch, argument):
+    import train_cls
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", *SMALL, argument])
+    engine.run("train_cls", train_cls.main)
+    assert all(v.isfinite().all() for v in torch.load("runs/shapes/cls.pt", weights_only=True)["model"].values())
+
+
+@pytest.mark.parametrize("argument", ["u0=false", "cam_norm=class", "softmax=false", "threshold=0", "run.workers=1"])
+def test_every_setting_of_stage_2_labels(spoilt, monkeypatch, argument):
+    import make_labels
+    shutil.rmtree("runs/shapes/labels")
+    monkeypatch.setattr(sys, "argv", ["make_labels.py", *SMALL, argument, "splits=[val]"])
+    engine.run("make_labels", make_labels.main)
+    assert len(list(Path("runs/shapes/labels/Ycrf").glob("*.png"))) == 4
+
+
+def test_average_pooling_is_bap_that_takes_every_image_plainly():
+    assert models.BAP(min_background=1.0)(torch.rand(1, 2, 3, 3), [torch.tensor([[0., 0, 9, 9]])], (17, 17)) \
+        .foreground.shape == (1, 4, 2)

@@ -275,6 +275,8 @@ def read_state(source):
         raise WeightsError(f"{source}: no such file; weights is imagenet, imagenet_features, none or a file") from None
     except Exception:
         raise WeightsError(f"{source}: not a file of weights that torch.load can read safely") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # cls.pt, seg.pt: their backbone
+        state = {n.removeprefix("backbone."): v for n, v in state["model"].items() if n.startswith("backbone.")}
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{source}: not a state dict (names to tensors)")
     return state
@@ -297,7 +299,7 @@ def torchvision_weights(name, weights):
 
 def cut_vgg16(state, source):
     """torchvision's VGG-16 to LargeFOV's: fc6, fc7 of every 4th channel, fc6's 7x7 kernel at 0, 3, 6."""
-    cut = {name: value for name, value in state.items() if name.startswith("features.")}
+    cut = {name: value for name, value in state.items() if not name.startswith("classifier.")}
     fc6 = state.get("classifier.0.weight")
     if fc6 is not None and fc6.isfinite().all():  # IMAGENET1K_FEATURES has a classifier of NaN
         try:

@@ -18,6 +18,7 @@ import models
 @dataclass
 class Settings(engine.Training):
     """Section `train_seg` of the YAML file."""
+    weights: str = "imagenet"  # imagenet, imagenet_features, none, a file, or stage1: the backbone of cls.pt
     loss: Literal["nal", "crf", "ret", "agree", "entropy", "bootstrap"] = "nal"  # crf, ret: cross-entropy on one
     gamma: float = 7.0  # of nal: how fast trust falls with the classifier's own doubt
     weight: float = 0.1  # lambda: of the loss where Ycrf and Yret differ
@@ -48,7 +49,8 @@ def main(config):
         if not folder.is_dir():
             raise engine.UsageError(f"{folder} is missing: make it with python make_labels.py")
     torch.manual_seed(config.run.seed)
-    network = models.DeepLab(1 + len(config.data.classes), s.backbone, s.weights, s.width, s.dropout)
+    weights = config.path / "cls.pt" if s.weights == "stage1" else s.weights
+    network = models.DeepLab(1 + len(config.data.classes), s.backbone, weights, s.width, s.dropout)
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
     dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform,
                                   masks=[folder.resolve() for folder in folders], boxes=s.balance)

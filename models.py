@@ -220,10 +220,12 @@ def padded_size(size):
 
 
 # ---------------------------------------------------------------- backbones
-# Each is a module that maps normalised images to features at stride 8 and carries
-# channels (of its features), mean and std (RGB, of pixels in [0, 1]), loaded (the names of pretrained parameters).
+# Each maps normalised images to features at stride 8. With it come its colours, mean and std of RGB in [0, 1],
+# and the names of the parameters that pretrained weights gave.
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CAFFE = dict(mean=(0.48235, 0.45882, 0.40784), std=(1 / 255,) * 3)  # of IMAGENET1K_FEATURES
+HUB = ("imagenet", "imagenet_features")
 
 
 class VGG16(nn.Module):
@@ -275,9 +277,9 @@ def read_state(source):
         raise WeightsError(f"{source}: no such file; weights is imagenet, imagenet_features, none or a file") from None
     except Exception:
         raise WeightsError(f"{source}: not a file of weights that torch.load can read safely") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # cls.pt, seg.pt: their backbone
-        state = {n.removeprefix("backbone."): v for n, v in state["model"].items() if n.startswith("backbone.")}
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint: cls.pt, seg.pt
+        state = state["model"]
+    if not state or not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{source}: not a state dict (names to tensors)")
     return state
 
@@ -312,73 +314,70 @@ def cut_vgg16(state, source):
     return cut
 
 
-def vgg_backbone(name, weights, dilation, width, dropout):
-    module = VGG16(dilation, width, name == "vgg16_bn", dropout)
-    colours, loaded = IMAGENET, set()
-    if weights != "none":
-        if weights in ("imagenet", "imagenet_features"):
-            state, colours = torchvision_weights(name, weights)
-        else:
-            state = read_state(weights)
-            if "classifier.0.weight" in state and not state["classifier.0.weight"].isfinite().all():
-                colours = dict(mean=(0.48235, 0.45882, 0.40784), std=(1 / 255,) * 3)
-        loaded = load(module, cut_vgg16(state, weights), weights, optional=("fc6", "fc7"))
+def vgg_backbone(name, source, state, dilation, width, dropout):
+    module, colours, loaded = VGG16(dilation, width, name == "vgg16_bn", dropout), IMAGENET, set()
+    if source in HUB:
+        state, colours = torchvision_weights(name, source)
+    elif state and not state.get("classifier.0.weight", torch.zeros(1)).isfinite().all():
+        colours = CAFFE
+    if state:
+        loaded = load(module, cut_vgg16(state, source), source, optional=("fc6", "fc7"))
     return module, colours, loaded
 
 
-def resnet_backbone(name, weights):
+def resnet_backbone(name, source, state):
     module = torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=(False, True, True))
-    channels, colours, loaded = module.fc.in_features, IMAGENET, set()
-    if weights != "none":
-        if weights in ("imagenet", "imagenet_features"):
-            state, colours = torchvision_weights(name, weights)
-        else:
-            state = read_state(weights)
-        loaded = load(module, state, weights, optional=("fc",))
-    body = OrderedDict((n, m) for n, m in module.named_children() if n not in ("avgpool", "fc"))
-    module = nn.Sequential(body)
-    module.channels = channels
-    return module, colours, loaded & set(module.state_dict())
+    colours, loaded = IMAGENET, set()
+    if source in HUB:
+        state, colours = torchvision_weights(name, source)
+    if state:
+        loaded = load(module, state, source, optional=("fc",))
+    body = nn.Sequential(OrderedDict((n, m) for n, m in module.named_children() if n not in ("avgpool", "fc")))
+    body.channels = module.fc.in_features
+    return body, colours, loaded & set(body.state_dict())
 
 
-def timm_backbone(name, weights):
+def timm_backbone(name, source, state):
     try:
         import timm
     except ImportError:
-        raise WeightsError(f"backbone {name} needs timm: pip install timm") from None
-    source = {}
-    if weights not in ("none", "imagenet"):
-        state = read_state(weights)
-        try:
-            with torch.device("meta"):
-                names = set(timm.create_model(name.removeprefix("timm/")).state_dict())
-        except RuntimeError:
-            names = set(state)  # an unknown name is reported below
-        if names != set(state):
-            raise WeightsError(f"{weights}: weights of another network than {name}")
-        source = dict(pretrained_cfg_overlay=dict(file=str(weights)))
+        raise WeightsError(f"backbone timm/{name} needs timm: pip install timm") from None
+    file = {}
     try:
-        module = timm.create_model(name.removeprefix("timm/"), features_only=True, output_stride=STRIDE,
-                                   out_indices=(-1,), pretrained=weights != "none", **source)
+        if state:  # checked here, since timm skips what does not fit
+            with torch.device("meta"):
+                names = set(timm.create_model(name).state_dict())
+            if names != set(state):
+                raise WeightsError(f"{source}: weights of another network than timm/{name}")
+            file = dict(pretrained_cfg_overlay=dict(file=source))
+        module = timm.create_model(name, features_only=True, output_stride=STRIDE, out_indices=(-1,),
+                                   pretrained=source != "none", **file)
+    except WeightsError:
+        raise
     except Exception as error:
-        raise WeightsError(f"backbone {name}: timm says: {' '.join(str(error).split())}") from None
-    colours = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        raise WeightsError(f"backbone timm/{name}: timm says: {' '.join(str(error).split())}") from None
     module.channels = module.feature_info.channels()[-1]
-    loaded = set(module.state_dict()) if weights != "none" else set()
-    return module, dict(mean=colours.mean, std=colours.std), loaded
+    known = timm.get_pretrained_cfg(name)
+    return module, dict(mean=known.mean, std=known.std), set(module.state_dict()) if source != "none" else set()
 
 
 def build_backbone(name, weights="none", dilation=1, width=1.0, dropout=0.5):
     """-> (module with .channels, colours dict(mean, std), names of loaded weights)."""
-    weights = str(weights)
+    source = str(weights)
+    state = None if source in ("none", *HUB) else read_state(source)
+    own = {n.removeprefix("backbone."): v for n, v in (state or {}).items() if n.startswith("backbone.")}
+    if own:  # a checkpoint of a Network below
+        module, _, _ = build_backbone(name, "none", dilation, width, dropout)
+        colours = {key: tuple(state[key].flatten().tolist()) for key in ("mean", "std")}
+        return module, colours, load(module, own, source)
     if name in ("vgg16", "vgg16_bn"):
-        return vgg_backbone(name, weights, dilation, width, dropout)
+        return vgg_backbone(name, source, state, dilation, width, dropout)
     if width != 1:
         raise WeightsError(f"width: {width} is for vgg16 alone, not for {name}")
     if name in ("resnet50", "resnet101", "resnet152"):
-        return resnet_backbone(name, weights)
+        return resnet_backbone(name, source, state)
     if name.startswith("timm/"):
-        return timm_backbone(name, weights)
+        return timm_backbone(name.removeprefix("timm/"), source, state)
     raise WeightsError(f"backbone: {name!r} is none of vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME")
 
 
@@ -402,7 +401,7 @@ class Network(nn.Module):
 
     backbone: vgg16, vgg16_bn, resnet50, resnet101, resnet152 or timm/NAME.
     weights: imagenet (torchvision's or timm's), imagenet_features (Caffe-coloured VGG-16 without fc6, fc7),
-    none, or a file of them. Raises WeightsError where these cannot be had.
+    none, or a file: of such weights, or a checkpoint of this class, whose backbone is taken. Raises WeightsError where these cannot be had.
     width: a factor on VGG-16's channels. dropout: share of VGG-16's fc6 and fc7 channels dropped in training.
     With pretrained weights batch normalisation stays frozen: batches of crops are too small for its statistics.
     """

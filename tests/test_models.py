@@ -550,3 +550,15 @@ def test_one_file_to_copy(tmp_path, module):
     command, environment = [sys.executable, "-c", f"import {module}"], {**os.environ, "PYTHONPATH": ""}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("backbone, width", [("vgg16_bn", 0.0625), ("timm/tf_efficientnet_lite0", 1.0)])
+def test_a_checkpoint_gives_its_backbone(tmp_path, backbone, width):
+    classifier = BoxClassifier(3, backbone, width=width)
+    classifier.mean.fill_(0.25)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "cls.pt")
+    segmenter = DeepLab(4, backbone, tmp_path / "cls.pt", width)
+    state = segmenter.backbone.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in classifier.backbone.state_dict().items())
+    assert segmenter.mean.flatten().tolist() == [0.25] * 3
+    assert segmenter.loaded >= {f"backbone.{name}" for name, _ in segmenter.backbone.named_parameters()}

@@ -22,7 +22,7 @@ SMALL = ["train_cls.iterations=4", "train_seg.iterations=4", "train_cls.batch=4"
 
 
 def command(script, *arguments, cwd):
-    return subprocess.run([sys.executable, ROOT / f"{script}.py", *arguments, *SMALL], cwd=cwd, capture_output=True,
+    return subprocess.run([sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd, capture_output=True,
                           text=True)
 
 
@@ -103,7 +103,7 @@ def test_panels_hold_two_rows(work):
 
 
 def test_scales_flip_and_crf_are_named_and_kept_beside_plain(work):
-    done = command("eval", "scales=[0.5, 1]", "flip=true", "crf=true", "panels=0", cwd=work)
+    done = command("eval", "scales=[0.5, 1]", "flip=true", "crf=true", "panels=0", "run.workers=1", cwd=work)
     assert done.returncode == 0, done.stderr
     assert "segmenter on val, 4 images, scales 0.5 1 + flip + CRF" in done.stdout
     results = json.loads((work / "runs" / "shapes" / "eval.json").read_text())

@@ -52,6 +52,7 @@ class Training:
     weights: str = "imagenet"  # imagenet, imagenet_features, none, or a file
     width: float = 1.0  # of vgg16: a factor on every layer's channels
     dropout: float = 0.5  # of vgg16: share of fc6's and fc7's channels; a narrow network from scratch needs 0
+    freeze_norm: bool = True  # pretrained batch normalisation keeps its statistics
     iterations: int = 8000
     batch: int = 20
     crop: int = 321  # pixels, 8 k + 1
@@ -346,6 +347,7 @@ def train(config, script, settings, network, dataset, losses):
         if getattr(settings, key) < 1:
             raise UsageError(f"{script}.{key} is {getattr(settings, key)}, not at least 1")
     state = dict(settings=[asdict(config.data), asdict(settings), config.run.seed], iteration=0)
+    network.freeze_norm &= settings.freeze_norm
     network = network.train().to(config.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         network.parameter_groups(settings.lr, settings.decay, settings.new_lr, settings.double_bias),

@@ -403,13 +403,15 @@ class Network(nn.Module):
     weights: imagenet (torchvision's or timm's), imagenet_features (Caffe-coloured VGG-16 without fc6, fc7),
     none, or a file: of such weights, or a checkpoint of this class, whose backbone is taken. Raises WeightsError where these cannot be had.
     width: a factor on VGG-16's channels. dropout: share of VGG-16's fc6 and fc7 channels dropped in training.
-    With pretrained weights batch normalisation stays frozen: batches of crops are too small for its statistics.
+    With pretrained weights batch normalisation stays frozen, since batches of crops are too small for its
+    statistics; set freeze_norm = False to train it.
     """
 
     def __init__(self, num_labels, backbone, weights, width, dropout, dilation, head):
         super().__init__()
         self.backbone, colours, loaded = build_backbone(backbone, weights, dilation, width, dropout)
         self.loaded = {"backbone." + name for name in loaded}
+        self.freeze_norm = bool(loaded)
         self.head = nn.Identity() if isinstance(self.backbone, VGG16) else head(self.backbone.channels)
         channels = getattr(self.head, "channels", self.backbone.channels)
         self.classifier = nn.Linear(channels, num_labels, bias=False)
@@ -428,7 +430,7 @@ class Network(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.loaded:
+        if self.freeze_norm:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()

@@ -135,6 +135,8 @@ def test_spread():
 
 
 class Tiny(torch.nn.Module):
+    freeze_norm = False
+
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Conv2d(3, 1, 3)

@@ -166,8 +166,8 @@ def draw_panels(config, ids, width=180, gap=6, header=22):
                 draw.text((left + width // 2, header // 2), title, "black", ImageFont.load_default(14), anchor="mm")
             if picture is not None:
                 smooth = title in ("boxes", "attention u0")
-                filter = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-                sheet.paste(picture.convert("RGB").resize((width, height), filter), (left, top))
+                resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+                sheet.paste(picture.convert("RGB").resize((width, height), resample), (left, top))
         top += height + gap
     path = config.path / "panels.png"
     engine.write(path, lambda p: sheet.save(p, "PNG"))

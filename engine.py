@@ -146,7 +146,8 @@ def configure(script, arguments):
     for name in config.run.mean_over:
         if name not in names:
             raise UsageError(f"run.mean_over: no label {name}{nearest(name, names)}")
-    if config.data.shapes and not Path(config.data.root).exists():
+    named = any(a.startswith("data.root=") for a in arguments)  # then a missing folder is a slip, not a first use
+    if config.data.shapes and not named and not Path(config.data.root).exists():
         print(f"writing the shapes set to {config.data.root}")
         datasets.make_shapes(config.data.root)
     return config

@@ -65,6 +65,11 @@ def test_bad_files(tmp_path, text, words):
     assert words in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_mistyped_folder_is_not_filled_with_shapes(tmp_path):
+    engine.configure("train_cls", [f"data.root={tmp_path}/nowhere"])
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_no_such_settings_file():
     with pytest.raises(engine.UsageError, match="nowhere.yaml: No such file"):
         settings("nowhere.yaml")

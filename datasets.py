@@ -9,6 +9,7 @@ section 3.1 follows from the boxes, so no file holds it.
     python datasets.py download=DIR     fetch VOC 2012 and SBD, and merge them: 10,582 images in train_aug
 """
 import difflib
+import io
 import math
 import os
 import shutil
@@ -112,18 +113,37 @@ def palette():
     return colours
 
 
-def write_mask(path, labels):
-    """Writes (H,W) uint8 labels as a PNG with VOC's palette, whole or not at all; makes parent folders."""
+def write(path, content):
+    """Writes bytes as a file that appears whole or not at all: beside it, to the disk, then renamed.
+
+    Makes parent folders. What a killed process leaves beside it, the next try overwrites. OSError names path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
-    image.putpalette(palette().tobytes())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        image.save(temporary, format="PNG")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def png(image):
+    """A PIL image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_mask(path, labels):
+    """Writes (H,W) uint8 labels as a PNG with VOC's palette, whole or not at all; makes parent folders."""
+    image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
+    image.putpalette(palette().tobytes())
+    write(path, png(image))
 
 
 def read_annotation(path, classes, image=None):
@@ -551,8 +571,7 @@ def merge_augmented(voc, sbd, expected=10582):
                 else loadmat(source)["GTcls"][0]["Segmentation"][0])
         write_mask(voc / "SegmentationClassAug" / f"{name}.png", mask)
     path = voc / "ImageSets" / "Segmentation" / "train_aug.txt"  # last: where it stands, the masks are whole
-    path.with_suffix(".tmp").write_text("\n".join(sorted(ids)) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    write(path, ("\n".join(sorted(ids)) + "\n").encode())
 
 
 def _loadmat():

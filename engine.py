@@ -1,14 +1,18 @@
 """What the four scripts share: settings from YAML, checkpoints, logs, and the training loop of stages 1 and 3."""
 import difflib
+import hashlib
 import importlib
+import io
 import json
 import math
-import os
 import multiprocessing
+import os
+import shutil
 import sys
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +28,7 @@ import datasets
 import models
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
+GO_ON = "the same command goes on from there"
 SCRIPTS = ("train_cls", "make_labels", "train_seg", "eval")
 MADE_BY = {"cls.pt": "train_cls.py", "labels": "make_labels.py", "seg.pt": "train_seg.py"}
 
@@ -43,6 +48,9 @@ class Run:
     log_every: int = 20  # iterations from one line of metrics.jsonl to the next
     save_every: int = 100  # iterations from one checkpoint to the next
     mean_over: list[str] = field(default_factory=list)  # also report the mean IoU over these labels
+    overwrite: bool = False  # what other settings made of this stage in runs/NAME makes room
+    deterministic: bool = False  # on a GPU: the same numbers each time, slower; a CPU needs no more than OMP_NUM_THREADS
+    compile: bool = False  # torch.compile the backbone for training: minutes at the start, faster steps after
 
 
 @dataclass
@@ -142,6 +150,9 @@ def configure(script, arguments):
         raise UsageError(f"run.name is {config['run'].name!r}, not the name of a folder under runs/")
     config = SimpleNamespace(**config, path=Path("runs") / config["run"].name)
     config.device = find_device(config.run.device)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     names = ["background", *config.data.classes]
     for name in config.run.mean_over:
         if name not in names:
@@ -180,32 +191,95 @@ def run(script, main):
         main(configure(script, sys.argv[1:]))
     except (datasets.DataError, models.WeightsError, UsageError) as error:
         # From a DataLoader's worker the message comes wrapped in its traceback, itself last.
-        line = str(error).strip().splitlines()[-1]
-        print(f"{script}.py: {line.split('Error: ', 1)[-1]}", file=sys.stderr)
-        sys.exit(2)
+        line, status = str(error).strip().splitlines()[-1].split("Error: ", 1)[-1], 2
     except KeyboardInterrupt:
-        print(f"{script}.py: stopped", file=sys.stderr)
-        sys.exit(130)
+        line, status = f"stopped; {GO_ON}", 130
+    except (OSError, RuntimeError, MemoryError) as error:
+        line, status = machine_fault(error), 1
+        if line is None:
+            raise
+    else:
+        return
+    print(f"{script}.py: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def machine_fault(error):
+    """A line for what the machine, not the program, is at fault for; None for anything else."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; what was written before is whole: {GO_ON}"
+    if isinstance(error, BrokenProcessPool) or "DataLoader worker" in text:
+        return f"a worker process died, perhaps for want of memory; fewer run.workers need less: {GO_ON}"
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return "out of memory; make the batch, the crop or run.workers smaller"
+    return None
 
 
 # ---------------------------------------------------------------- files under runs/NAME
 
 
-def write(path, put):
-    """A file whole or not at all: put(temporary) writes it beside, then it takes its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        put(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path, content):
-    write(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    datasets.write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """A file of this program's, {} where there is none."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not what this program wrote; remove it")
+    return content
+
+
+def save(path, content):
+    """torch.save, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    datasets.write(path, buffer.getbuffer())
+
+
+def digest(path):
+    """What tells one file's content from another's; None where there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
+
+
+def made_with(config, section, *others, without=()):
+    """What decides a stage's results, as section.key -> value: its own settings, and those in common."""
+    keys = [f"{section}.{k}" for k in asdict(getattr(config, section)) if k not in without]
+    keys += ["data.root", "data.classes", "run.precision", *others]
+    return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in keys}
+
+
+def check_unchanged(path, before, now):
+    """Refuses to go on with what other settings began."""
+    changed = [f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    if changed:
+        raise UsageError(f"{path} was made with other settings: {', '.join(changed)}; "
+                         "set run.name to a new one, or overwrite=true to lose it")
+
+
+def claim(config, folder, settings, source):
+    """Makes `folder` ready for files made with `settings` and the checkpoint `source`: what the same made before
+    stays, what another checkpoint made goes, what other settings made is refused, or goes with run.overwrite.
+    """
+    stamp, now = folder / "made_with.json", {"settings": settings, source.name: digest(source)}
+    before = read_json(stamp)
+    if before == now:
+        return
+    if not config.run.overwrite:
+        if "settings" in before:
+            check_unchanged(folder, before["settings"], settings)
+        elif folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
+            raise UsageError(f"{folder} holds files but no {stamp.name}: remove it, or set overwrite=true")
+    if folder.is_dir():  # renamed first: a kill while files go must not leave some that look finished
+        trash = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+    write_json(stamp, now)
 
 
 def log(config, **values):
@@ -222,7 +296,7 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: make it with python {MADE_BY[path.name]}") from None
     except Exception:
-        raise UsageError(f"{path}: not a checkpoint; make it anew with python {MADE_BY[path.name]}") from None
+        raise UsageError(f"{path}: not a checkpoint; delete it and make it anew with python {MADE_BY[path.name]}") from None
 
 
 def load_network(config, name, network, settings):
@@ -291,6 +365,26 @@ def confusion(truth, labels, num_labels):
     return np.bincount(pairs, minlength=num_labels * (num_labels + 1)).reshape(num_labels, num_labels + 1)
 
 
+def score_folders(config, split, folders, whole_boxes=None):
+    """Scores of label images against the truth over a list: {name: folder of ID.png} -> {name: scores}.
+
+    whole_boxes(boxes, labels, size) -> (H, W) uint8, if given, is scored too, as `box`.
+    """
+    names = ["background", *config.data.classes]
+    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=whole_boxes is not None,
+                                  masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
+    matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in ["box", *folders]}
+    for sample in tqdm(DataLoader(dataset, batch_size=None, num_workers=config.run.workers), f"scores {split}",
+                       dynamic_ncols=True):
+        truth, *given = sample["masks"].numpy()
+        for name, labels in zip(folders, given):
+            matrices[name] += confusion(truth, labels, len(names))
+        if whole_boxes:
+            boxes = whole_boxes(sample["boxes"], sample["labels"], truth.shape)
+            matrices["box"] += confusion(truth, boxes, len(names))
+    return {name: scores(m, names, config) for name, m in matrices.items() if name != "box" or whole_boxes}
+
+
 def scores(matrix, names, config):
     """Of one confusion matrix over a whole split, in per cent: IoU = right / (true + given - right) of each label,
     None where it is neither true nor given; their mean; the mean over run.mean_over; pixel and mean accuracy.
@@ -337,17 +431,27 @@ def rate(settings, iteration):
     return (1 - iteration / settings.iterations) ** settings.poly
 
 
-def train(config, script, settings, network, dataset, losses):
+def train(config, script, settings, network, dataset, losses, **inputs):
     """Train `network` with SGD and write its checkpoint (cls.pt or seg.pt).
 
     losses(network, batch) -> dict of scalars, among them `loss`, which is minimised. Every save_every iterations
-    NAME.partial holds all that the run needs to go on; where it lies, the run goes on from it.
+    NAME.partial holds all that the run needs to go on; where it lies, the run goes on from it. inputs: digests of the
+    files that the run starts from.
     """
-    name = {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
+    path = config.path / {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
+    partial = path.with_name(f"{path.name}.partial")
     for key in ("iterations", "batch"):
         if getattr(settings, key) < 1:
             raise UsageError(f"{script}.{key} is {getattr(settings, key)}, not at least 1")
-    state = dict(settings=[asdict(config.data), asdict(settings), config.run.seed], iteration=0)
+    state = dict(settings=made_with(config, script, "data.train", "run.seed") | inputs, iteration=0)
+    if path.exists() and not partial.exists():
+        before = read_checkpoint(path).get("settings", {})
+        if before == state["settings"]:
+            print(f"{path}: finished before with these settings; delete it to train it anew")
+            return
+        if not config.run.overwrite:
+            check_unchanged(path, before, state["settings"])
+    torch.backends.cudnn.benchmark = not config.run.deterministic  # crops are of one size
     network.freeze_norm &= settings.freeze_norm
     network = network.train().to(config.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -355,9 +459,10 @@ def train(config, script, settings, network, dataset, losses):
         lr=settings.lr, momentum=settings.momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(settings, i))
     parts = dict(model=network, optimizer=optimizer, schedule=schedule)
-    partial = config.path / f"{name}.partial"
     if partial.exists():
-        resume(partial, state, parts)
+        resume(config, partial, state, parts)
+    if config.run.compile:
+        network.backbone.compile()
 
     weights = datasets.balance_weights(dataset) if settings.balance else None
     stream = datasets.Stream(dataset, settings.iterations * settings.batch, config.run.seed, weights)
@@ -365,6 +470,7 @@ def train(config, script, settings, network, dataset, losses):
     loader = DataLoader(left, settings.batch, num_workers=config.run.workers, collate_fn=datasets.collate,
                         pin_memory=config.device.type == "cuda")
     bar = tqdm(loader, script, initial=state["iteration"], total=settings.iterations, dynamic_ncols=True)
+    unread = []  # ids and losses of iterations whose numbers have not left the device
     for iteration, batch in enumerate(bar, state["iteration"] + 1):
         batch["image"] = batch["image"].to(config.device, non_blocking=True, memory_format=torch.channels_last)
         with autocast(config):
@@ -373,36 +479,58 @@ def train(config, script, settings, network, dataset, losses):
         values["loss"].backward()
         optimizer.step()
         schedule.step()
-        if iteration % config.run.log_every == 0 or iteration == settings.iterations:
-            values = {k: round(v.item(), 5) for k, v in values.items()}
-            if not math.isfinite(values["loss"]):
-                raise UsageError(f"the loss is {values['loss']} at iteration {iteration}, images "
-                                 f"{' '.join(batch['id'])}; try a smaller {script}.lr")
+        unread.append((iteration, batch["id"], {k: v.detach() for k, v in values.items()}))
+        logs = iteration % config.run.log_every == 0 or iteration == settings.iterations
+        saves = iteration % config.run.save_every == 0 and iteration < settings.iterations
+        if logs or saves:
+            values = read_losses(script, unread)
+            unread.clear()
+        if logs:
             bar.set_postfix(loss=values["loss"], lr=f"{schedule.get_last_lr()[0]:.2g}")
             log(config, stage=script, iteration=iteration, lr=schedule.get_last_lr()[0], **values)
-        if iteration % config.run.save_every == 0 and iteration < settings.iterations:
-            state |= dict(iteration=iteration, random=torch.get_rng_state())
+        if saves:
+            state |= dict(iteration=iteration, random=random_states(config))
             state |= {key: part.state_dict() for key, part in parts.items()}
-            write(partial, lambda path: torch.save(state, path))
+            save(partial, state)
 
-    checkpoint = dict(network=dict(backbone=settings.backbone, width=settings.width),
-                      classes=config.data.classes, settings=asdict(settings), model=network.state_dict())
-    write(config.path / name, lambda path: torch.save(checkpoint, path))
+    save(path, dict(network=dict(backbone=settings.backbone, width=settings.width), classes=config.data.classes,
+                    settings=state["settings"], model=network.state_dict()))
     partial.unlink(missing_ok=True)
-    print(f"{config.path / name}: {settings.iterations} iterations, seed {config.run.seed}")
+    print(f"{path}: {settings.iterations} iterations, seed {config.run.seed}")
 
 
-def resume(path, state, parts):
+def read_losses(script, unread):
+    """The last of these losses as numbers; all are checked. Only here does training wait for the device."""
+    table = torch.stack([torch.stack([v.float() for v in values.values()]) for _, _, values in unread]).tolist()
+    names = list(unread[0][2])
+    for (iteration, ids, _), row in zip(unread, table):
+        loss = row[names.index("loss")]
+        if not math.isfinite(loss):
+            raise UsageError(f"the loss is {loss} at iteration {iteration}, images {' '.join(ids)}; the last checkpoint "
+                             f"is kept; try a smaller {script}.lr, with overwrite=true")
+    return {name: round(value, 5) for name, value in zip(names, table[-1])}
+
+
+def random_states(config):
+    """Of the CPU's generator, and of the GPU's where the run is on one: dropout draws from it."""
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(config.device)] if config.device.type == "cuda" else states
+
+
+def resume(config, partial, state, parts):
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["settings"] != state["settings"]:
-            raise UsageError(f"{path}: an unfinished run with other settings; finish it with those, or delete it")
+        saved = torch.load(partial, map_location="cpu", weights_only=True)
+        if saved["settings"] != state["settings"] and config.run.overwrite:
+            return
+        check_unchanged(partial, saved["settings"], state["settings"])
         for key, part in parts.items():
             part.load_state_dict(saved[key])
-        torch.set_rng_state(saved["random"])
+        torch.set_rng_state(saved["random"][0])
+        for random in saved["random"][1:] if config.device.type == "cuda" else ():
+            torch.cuda.set_rng_state(random, config.device)
     except UsageError:
         raise
     except Exception:
-        raise UsageError(f"{path}: cannot be read; delete it to start this stage anew") from None
+        raise UsageError(f"{partial}: cannot be read; delete it to start this stage anew") from None
     state["iteration"] = saved["iteration"]
-    print(f"going on from iteration {state['iteration']} ({path})")
+    print(f"going on from iteration {state['iteration']} ({partial})")

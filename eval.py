@@ -5,8 +5,6 @@
 
 Reads data.root and runs/NAME/seg.pt; writes runs/NAME/eval.json, predictions/ID.png and panels.png.
 """
-import json
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import datasets
@@ -34,7 +32,7 @@ class Settings:
     crf_bilateral: list[float] = field(default_factory=lambda: [4.0, 121.0, 5.0])  # weight, pixels, colour
     crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
     crf_iterations: int = 10
-    crf_floor: float = 0.01  # a label that nowhere reaches this probability is left out of the CRF
+    crf_margin: float = 5.0  # a label whose log probability nowhere comes this near the highest is left out of the CRF
     panels: int = 8  # rows of panels.png
 
 
@@ -42,6 +40,11 @@ def method(s):
     """What is measured, in words: plain, or what is added to it."""
     parts = [f"scales {' '.join(f'{v:g}' for v in s.scales)}"] * (s.scales != [1]) + ["flip"] * s.flip + ["CRF"] * s.crf
     return " + ".join(parts) or "plain"
+
+
+def prediction_folder(config):
+    """runs/NAME/predictions/METHOD."""
+    return config.path / "predictions" / method(config.eval).replace(" + ", "_").replace(" ", "_")
 
 
 @torch.inference_mode()
@@ -62,55 +65,36 @@ def predict(network, image, scales, flip):
     return torch.stack(views).mean(0)
 
 
-def decide(image, probabilities, crf):
-    """Labels (H, W) uint8 from probabilities (L, H, W); crf: None or (floor, arguments of dense_crf)."""
-    if crf is None:
-        return probabilities.argmax(0).astype(np.uint8)
-    floor, arguments = crf
-    able = np.flatnonzero(probabilities.max((1, 2)) >= min(floor, probabilities.max()))
-    return able[dense_crf(image, probabilities[able], *arguments).argmax(0)].astype(np.uint8)
+def sharpen(image, log_probabilities, margin, bilateral, gaussian, iterations):
+    """Labels (H, W) uint8 by the CRF, from log probabilities (L, H, W), over the labels that can win: those that
+    come, somewhere, within `margin` of the most probable one's logarithm.
+    """
+    able = np.flatnonzero((log_probabilities - log_probabilities.max(0)).max((1, 2)) >= -margin)
+    p = np.exp(log_probabilities[able])
+    return able[dense_crf(image, p / p.sum(0), bilateral, gaussian, iterations).argmax(0)].astype(np.uint8)
 
 
-def predictions(config, network, dataset):
-    """Yields (id, labels (H, W) uint8, sample) of every image; the CRF runs in worker processes."""
+def predict_split(config, network, dataset, folder):
+    """Writes folder/ID.png, the predictions for those images that have none yet; the CRF runs in worker processes."""
     s = config.eval
-    crf = (s.crf_floor, (tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations)) if s.crf else None
+    left = [i for i, name in enumerate(dataset.ids) if not (folder / f"{name}.png").exists()]
+    loader = DataLoader(Subset(dataset, left), batch_size=None, num_workers=config.run.workers)
+    bar = tqdm(loader, f"eval {method(s)}", initial=len(dataset) - len(left), total=len(dataset), dynamic_ncols=True)
+    arguments = s.crf_margin, tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations
 
     def tasks():
-        loader = DataLoader(dataset, batch_size=None, num_workers=config.run.workers)
-        for sample in tqdm(loader, f"eval {method(s)}", dynamic_ncols=True):
+        for sample in bar:
             image = sample["image"].as_subclass(torch.Tensor)
             with engine.autocast(config):
                 cosine = predict(network, image.to(config.device), s.scales, s.flip)
-            probabilities = (config.train_seg.temperature * cosine.float()).softmax(0)
-            yield sample, (image.permute(1, 2, 0).numpy(), probabilities.cpu().numpy(), crf)
+            if s.crf:
+                logarithms = (config.train_seg.temperature * cosine.float()).log_softmax(0)
+                yield sample["id"], (image.permute(1, 2, 0).numpy(), logarithms.cpu().numpy(), *arguments)
+            else:
+                datasets.write_mask(folder / f"{sample['id']}.png", cosine.argmax(0).byte().cpu().numpy())
 
-    for sample, labels in engine.overlap(config.run.workers if s.crf else 0, decide, tasks()):
-        yield sample["id"], labels, sample
-
-
-def score_segmenter(config, split, truth):
-    network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
-    network = engine.load_network(config, "seg.pt", network, config.train_seg)
-    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth] if truth else (),
-                                  boxes=False)
-    names = ["background", *config.data.classes]
-    matrix = np.zeros((len(names), len(names) + 1), np.int64)
-    for name, labels, sample in predictions(config, network, dataset):
-        datasets.write_mask(config.path / "predictions" / f"{name}.png", labels)
-        if truth:
-            matrix += engine.confusion(sample["masks"][0].numpy(), labels, len(names))
-    return dataset.ids, matrix
-
-
-def score_folder(config, split, truth):
-    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=False,
-                                  masks=[truth, Path(config.eval.labels).resolve()])
-    names = ["background", *config.data.classes]
-    matrix = np.zeros((len(names), len(names) + 1), np.int64)
-    for sample in tqdm(DataLoader(dataset, batch_size=None, num_workers=config.run.workers), "eval", dynamic_ncols=True):
-        matrix += engine.confusion(*sample["masks"].numpy(), len(names))
-    return dataset.ids, matrix
+    for name, labels in engine.overlap(config.run.workers, sharpen, tasks()):
+        datasets.write_mask(folder / f"{name}.png", labels)
 
 
 # ---------------------------------------------------------------- pictures
@@ -148,7 +132,7 @@ def panel(config, name):
         "attention u0": Image.open(u0) if u0.exists() else None,
         "Ycrf": coloured(y_crf), "Yret": coloured(y_ret), "Ycrf != Yret": differ,
         "truth": coloured(labels(truth / f"{name}.png")) if truth else None,
-        "prediction": coloured(labels(folder / "predictions" / f"{name}.png")),
+        "prediction": coloured(labels(prediction_folder(config) / f"{name}.png")),
     }
 
 
@@ -170,15 +154,14 @@ def draw_panels(config, ids, width=180, gap=6, header=22):
                 sheet.paste(picture.convert("RGB").resize((width, height), resample), (left, top))
         top += height + gap
     path = config.path / "panels.png"
-    engine.write(path, lambda p: sheet.save(p, "PNG"))
+    datasets.write(path, datasets.png(sheet))
     print(f"{path}: boxes, labels and predictions of {len(rows)} images")
 
 
 def summary(config, split, results):
     """The whole method in one table: the labels' scores of this list, if stage 2 wrote them, and the segmenter's."""
     lines = []
-    path = config.path / "labels" / "scores.json"
-    labels = json.loads(path.read_text()).get(split) if path.exists() else None
+    labels = engine.read_json(config.path / "labels" / "scores.json").get(split)
     for key, title in (("box", "whole boxes as labels"), ("Ycrf", "Ycrf"), ("Yret", "Yret")):
         if labels:
             lines.append((title, labels[key]["miou"]))
@@ -191,26 +174,32 @@ def summary(config, split, results):
 def main(config):
     s = config.eval
     split, truth = s.split or config.data.val, engine.true_masks(config)
-    names = ["background", *config.data.classes]
     if s.labels:
         if not truth:
             raise engine.UsageError(f"{Path(config.data.root, config.data.masks)}: no true masks to score against")
-        ids, matrix = score_folder(config, split, truth)
-        engine.show(f"{s.labels} on {split}, {len(ids)} images", {"labels": engine.scores(matrix, names, config)})
+        columns = engine.score_folders(config, split, {"labels": Path(s.labels)})
+        engine.show(f"{s.labels} on {split}", columns)
         return
-    ids, matrix = score_segmenter(config, split, truth)
+    network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
+    network = engine.load_network(config, "seg.pt", network, config.train_seg)
+    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=False,
+                                  masks=[truth] if truth else ())
+    folder = prediction_folder(config)
+    without = ("split", "labels", "panels") + ("crf_margin", "crf_bilateral", "crf_gaussian", "crf_iterations") * (not s.crf)
+    engine.claim(config, folder, engine.made_with(config, "eval", without=without), config.path / "seg.pt")
+    predict_split(config, network, dataset, folder)
     if truth:
         path = config.path / "eval.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        result = dict(split=split, images=len(ids), method=method(s), seed=config.run.seed,
-                      **engine.scores(matrix, names, config))
+        results = engine.read_json(path)
+        result = dict(split=split, images=len(dataset), method=method(s), seed=config.run.seed,
+                      **engine.score_folders(config, split, {"IoU": folder})["IoU"])
         results[f"{split}, {method(s)}"] = result
         engine.write_json(path, results)
         engine.log(config, stage="eval", split=split, method=method(s), miou=result["miou"])
-        engine.show(f"segmenter on {split}, {len(ids)} images, {method(s)}", {"IoU": result})
+        engine.show(f"segmenter on {split}, {len(dataset)} images, {method(s)}", {"IoU": result})
         summary(config, split, results)
     if s.panels:
-        draw_panels(config, ids)
+        draw_panels(config, dataset.ids)
 
 
 if __name__ == "__main__":

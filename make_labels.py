@@ -3,18 +3,18 @@
     python make_labels.py [CONFIG.yaml] [key=value ...]
 
 Reads data.root and runs/NAME/cls.pt; writes runs/NAME/labels/Ycrf/ID.png and Yret/ID.png for the lists data.train
-and data.val, u0/ID.png for a few of them, and scores.json where data.masks holds true masks.
+and data.val, u0/ID.png for a few of them, and scores.json where data.masks holds true masks. Images that have their
+labels already are skipped.
 """
 import math
-from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import datasets
@@ -141,51 +141,45 @@ def finish(network, prepared, marginals):
     return y_crf.byte().cpu().numpy(), y_ret.byte().cpu().numpy()
 
 
-def label_split(config, network, split):
-    """Labels of one list; returns its scores, None without true masks."""
+def label_split(config, network, split, dataset):
+    """Writes the labels of one list's images, of those that have none yet."""
     s, folder = config.make_labels, config.path / "labels"
-    truth = engine.true_masks(config)
-    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth] if truth else ())
-    names = ["background", *config.data.classes]
-    matrices = {kind: np.zeros((len(names), len(names) + 1), np.int64) for kind in ("box", "Ycrf", "Yret")}
     pictures = set(engine.spread(dataset.ids, s.pictures))
-    truths = deque()
 
-    def tasks():
-        loader = DataLoader(dataset, batch_size=None, num_workers=config.run.workers)
-        for sample in tqdm(loader, f"make_labels {split}", dynamic_ncols=True):
-            truths.append(sample["masks"][0].numpy() if truth else None)
-            yield prepare(config, network, sample)
+    def files(name):
+        return [folder / kind / f"{name}.png" for kind in ("Ycrf", "Yret", *["u0"] * (name in pictures))]
 
-    for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
-        name, _, _, boxes, labels, _, attention = prepared
-        y_crf, y_ret = finish(network, prepared, marginals)
-        datasets.write_mask(folder / "Ycrf" / f"{name}.png", y_crf)
-        datasets.write_mask(folder / "Yret" / f"{name}.png", y_ret)
+    left = [i for i, name in enumerate(dataset.ids) if not all(path.exists() for path in files(name))]
+    loader = DataLoader(Subset(dataset, left), batch_size=None, num_workers=config.run.workers)
+    bar = tqdm(loader, f"make_labels {split}", initial=len(dataset) - len(left), total=len(dataset), dynamic_ncols=True)
+    tasks = (prepare(config, network, sample) for sample in bar)
+    for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks):
+        labels = finish(network, prepared, marginals)
+        name, attention = prepared[0], prepared[-1]
+        for path, y in zip(files(name), labels):
+            datasets.write_mask(path, y)
         if name in pictures:
             grey = Image.fromarray((attention * 255).byte().numpy())
-            engine.write(folder / "u0" / f"{name}.png", lambda path: grey.save(path, "PNG"))
-        mask = truths.popleft()
-        if truth:
-            for kind, y in dict(box=box_labels(boxes, labels, mask.shape), Ycrf=y_crf, Yret=y_ret).items():
-                matrices[kind] += engine.confusion(mask, y, len(names))
-    if truth:
-        return {"images": len(dataset), **{k: engine.scores(m, names, config) for k, m in matrices.items()}}
+            datasets.write(files(name)[2], datasets.png(grey))
 
 
 def main(config):
-    s = config.make_labels
+    s, folder = config.make_labels, config.path / "labels"
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
     network = engine.load_network(config, "cls.pt", network, config.train_cls)
-    result = {"settings": asdict(s), "seed": config.run.seed}
-    for split in dict.fromkeys(s.splits or (config.data.train, config.data.val)):
-        result[split] = label_split(config, network, split)
-        if result[split]:
-            title = f"labels of {split}, {result[split]['images']} images"
-            engine.show(title, {k: result[split][k] for k in ("box", "Ycrf", "Yret")})
-            engine.log(config, stage="make_labels", split=split,
-                       **{k: result[split][k]["miou"] for k in ("box", "Ycrf", "Yret")})
-    engine.write_json(config.path / "labels" / "scores.json", result)
+    path, truth = folder / "scores.json", engine.true_masks(config)
+    data = {split: datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth] if truth else ())
+            for split in s.splits or (config.data.train, config.data.val)}  # all: a fault ends it before the work
+    engine.claim(config, folder, engine.made_with(config, "make_labels", without=("splits", "pictures")),
+                 config.path / "cls.pt")
+    for split, dataset in data.items():
+        label_split(config, network, split, dataset)
+        if not truth:
+            continue
+        result = engine.score_folders(config, split, {k: folder / k for k in ("Ycrf", "Yret")}, box_labels)
+        engine.write_json(path, engine.read_json(path) | {split: {"images": len(dataset), **result}})
+        engine.show(f"labels of {split}, {len(dataset)} images", {k: result[k] for k in ("box", "Ycrf", "Yret")})
+        engine.log(config, stage="make_labels", split=split, **{k: result[k]["miou"] for k in ("box", "Ycrf", "Yret")})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def main(config):
         y_crf, y_ret = batch["masks"].to(batch["image"].device, non_blocking=True).long().unbind(1)
         return {"loss": segmentation_loss(s, network(batch["image"]), y_crf, y_ret)}
 
-    engine.train(config, "train_seg", s, network, dataset, losses_of)
+    inputs = {"labels": engine.digest(config.path / "labels" / "made_with.json")}
+    engine.train(config, "train_seg", s, network, dataset, losses_of, **inputs)
 
 
 if __name__ == "__main__":

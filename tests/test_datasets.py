@@ -1,5 +1,7 @@
 """datasets.py: what it reads, what it refuses, and that image, boxes and masks stay together."""
+import errno
 import hashlib
+import os
 import pickle
 import subprocess
 import sys
@@ -271,21 +273,6 @@ def test_palette_and_grey_masks_read_the_same(tmp_path, grey):
         assert np.array_equal(np.asarray(Image.open(path).convert("RGB")), datasets.palette()[labels])
         assert [file.name for file in path.parent.iterdir()] == ["a.png"]
     assert np.array_equal(datasets.read_mask(path, 4), labels)
-
-
-def test_a_mask_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    datasets.write_mask(path, np.zeros((4, 4)))
-
-    def full_disk(self, file, **_):
-        Path(file).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(OSError, match="disk full"):
-        datasets.write_mask(path, np.ones((4, 4)))
-    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
-    assert not datasets.read_mask(path, 2).any()
 
 
 # -------------------------------------------------------------------------------------- augmentation
@@ -665,3 +652,28 @@ def test_real_voc_annotations_all_parse(voc, split, count):
     batch = collate([Stream(dataset, 4, seed=0)[k] for k in range(4)])
     assert batch["image"].shape == (4, 3, 321, 321) and batch["masks"].shape == (4, 1, 321, 321)
     assert set(batch["masks"].unique().tolist()) <= {*range(21), 255}
+
+
+# ---------------------------------------------------------------- writing
+
+def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file"
+    datasets.write(path, b"first")
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        datasets.write(path, b"second")
+    assert error.value.filename == str(path) and error.value.strerror == "No space left on device"
+    assert path.read_bytes() == b"first" and os.listdir(path.parent) == ["file"]
+
+
+def test_write_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    """fsync comes before rename, and of the file that is renamed."""
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(("rename", str(old))), replace(old, new)))
+    datasets.write(tmp_path / "file", b"content")
+    assert calls == [str(tmp_path / ".file.tmp"), ("rename", str(tmp_path / ".file.tmp"))]

@@ -43,8 +43,8 @@ def test_every_file_is_there(work):
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     ids = {split: datasets.read_list(work / "data" / "shapes", split) for split in ("train", "val")}
     labels = {f"labels/{kind}/{name}.png" for kind in ("Ycrf", "Yret", "u0") for name in ids["train"] + ids["val"]}
-    predictions = {f"predictions/{name}.png" for name in ids["val"]}
-    others = {"cls.pt", "seg.pt", "labels/scores.json", "eval.json", "metrics.jsonl", "panels.png"}
+    predictions = {f"predictions/plain/{name}.png" for name in ids["val"]}
+    others = {"labels/made_with.json", "predictions/plain/made_with.json", "cls.pt", "seg.pt", "labels/scores.json", "eval.json", "metrics.jsonl", "panels.png"}
     assert names == labels | predictions | others
 
 
@@ -168,6 +168,8 @@ def test_files_that_are_missing_or_broken(spoilt, capsys, monkeypatch, script, p
     split = "val" if script == "eval" else "train"
     file = Path(path.format(datasets.read_list("data/shapes", split)[0]))
     file.write_bytes(change) if change else file.unlink()
+    for checkpoint in {"train_cls": ["cls.pt"], "train_seg": ["seg.pt"]}.get(script, ()):
+        Path("runs/shapes", checkpoint).unlink()
     line = refused(script, capsys, monkeypatch)
     assert str(file) in line and words in line
 
@@ -175,6 +177,7 @@ def test_files_that_are_missing_or_broken(spoilt, capsys, monkeypatch, script, p
 def test_a_broken_image_in_a_worker_is_one_line_too(spoilt, capsys, monkeypatch):
     file = Path(IMAGE.format(datasets.read_list("data/shapes", "train")[0]))
     file.write_bytes(b"\xff\xd8broken")
+    Path("runs/shapes/cls.pt").unlink()
     line = refused("train_cls", capsys, monkeypatch, "run.workers=1")
     assert line.startswith(f"train_cls.py: {file}: ")
 
@@ -239,7 +242,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(spoilt, capsys, monkeypatch
 @pytest.mark.parametrize("loss", ["crf", "ret", "agree", "entropy", "bootstrap"])
 def test_every_loss_trains(spoilt, monkeypatch, loss):
     import train_seg
-    monkeypatch.setattr(sys, "argv", ["train_seg.py", *SMALL, f"loss={loss}"])
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *SMALL, f"loss={loss}", "overwrite=true"])
     engine.run("train_seg", train_seg.main)
     assert all(v.isfinite().all() for v in torch.load("runs/shapes/seg.pt", weights_only=True)["model"].values())
 
@@ -247,7 +250,7 @@ def test_every_loss_trains(spoilt, monkeypatch, loss):
 @pytest.mark.parametrize("argument", ["pooling=gap", "grid=2", "bins=1", "balance=true", "run.precision=bf16"])
 def test_every_setting_of_stage_1_trains(spoilt, monkeypatch, argument):
     import train_cls
-    monkeypatch.setattr(sys, "argv", ["train_cls.py", *SMALL, argument])
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", *SMALL, argument, "overwrite=true"])
     engine.run("train_cls", train_cls.main)
     assert all(v.isfinite().all() for v in torch.load("runs/shapes/cls.pt", weights_only=True)["model"].values())
 

@@ -95,17 +95,12 @@ def test_confusion_and_scores_by_hand():
     assert result["pixel_accuracy"] == pytest.approx(50) and result["mean_accuracy"] == pytest.approx(50)
 
 
-def test_write_is_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "file.json"
-    engine.write_json(path, {"a": 1})
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        engine.write(path, fail)
-    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(path.parent) == ["file.json"]
+def test_losses_are_read_in_order_and_checked():
+    unread = [(i, [str(i)], {"other": torch.tensor(0.25), "loss": torch.tensor(float(i))}) for i in (3, 4)]
+    assert engine.read_losses("train_cls", unread) == {"other": 0.25, "loss": 4.0}
+    unread.insert(1, (9, ["a", "b"], {"other": torch.tensor(math.nan), "loss": torch.tensor(math.inf)}))
+    with pytest.raises(engine.UsageError, match="loss is inf at iteration 9, images a b;"):
+        engine.read_losses("train_cls", unread)
 
 
 def slow_square(x):
@@ -158,10 +153,11 @@ class Noise(torch.utils.data.Dataset):
         return {"id": str(i), "image": torch.rand(3, 9, 9)}
 
 
-def train_tiny(path, losses):
+def train_tiny(path, losses, lr=0.1, **run):
     config = settings("run.workers=0", "run.save_every=2", "run.log_every=1")
+    vars(config.run).update(run)
     config.path, s = path, config.train_cls
-    s.iterations, s.batch, s.weights, s.lr = 7, 2, "none", 0.1
+    s.iterations, s.batch, s.weights, s.lr = 7, 2, "none", lr
     torch.manual_seed(0)
     network = Tiny()
     engine.train(config, "train_cls", s, network, Noise(), losses)
@@ -190,7 +186,85 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     assert not (tmp_path / "stopped" / "cls.pt.partial").exists()
 
 
-def test_nan_names_the_images(tmp_path):
-    with pytest.raises(engine.UsageError, match="loss is nan at iteration 1, images . .;"):
-        train_tiny(tmp_path, lambda network, batch: {"loss": network.layer(batch["image"]).mean() * math.nan})
+def test_nan_names_the_images_and_keeps_the_checkpoint(tmp_path):
+    count = 0
+
+    def losses(network, batch):
+        nonlocal count
+        count += 1
+        return {"loss": network.layer(batch["image"]).square().mean() * (math.nan if count == 4 else 1)}
+
+    with pytest.raises(engine.UsageError, match="loss is nan at iteration 4, images . .;"):
+        train_tiny(tmp_path, losses)
     assert not (tmp_path / "cls.pt").exists()
+    saved = torch.load(tmp_path / "cls.pt.partial", weights_only=True)
+    assert saved["iteration"] == 2 and all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_a_nan_between_two_logs_is_not_saved(tmp_path):
+    with pytest.raises(engine.UsageError, match="loss is nan at iteration 1, images . .;"):
+        train_tiny(tmp_path, lambda network, batch: {"loss": network.layer(batch["image"]).mean() * math.nan}, log_every=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tmp_path, capsys):
+    train_tiny(tmp_path, square)
+    first = (tmp_path / "cls.pt").read_bytes()
+    train_tiny(tmp_path, square)
+    assert "finished before" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() == first
+    with pytest.raises(engine.UsageError, match="train_cls.lr 0.1 -> 0.2; set run.name to a new one, or overwrite=true"):
+        train_tiny(tmp_path, square, lr=0.2)
+    assert (tmp_path / "cls.pt").read_bytes() == first
+    train_tiny(tmp_path, square, lr=0.2, overwrite=True)
+    assert (tmp_path / "cls.pt").read_bytes() != first
+
+
+def test_an_unfinished_run_with_other_settings_is_refused_or_lost(tmp_path):
+    def stop(network, batch):
+        if (tmp_path / "cls.pt.partial").exists():
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, stop)
+    with pytest.raises(engine.UsageError, match="train_cls.lr 0.1 -> 0.2; set"):
+        train_tiny(tmp_path, square, lr=0.2)
+    lost = train_tiny(tmp_path, square, lr=0.2, overwrite=True)
+    new = train_tiny(tmp_path / "new", square, lr=0.2)
+    assert all(torch.equal(lost[k], new[k]) for k in new)
+
+
+def claimed(tmp_path, settings=None, **run):
+    config = globals()["settings"]()
+    config.run.overwrite = run.get("overwrite", False)
+    engine.claim(config, tmp_path / "labels", settings or {"a.b": 1}, tmp_path / "cls.pt")
+
+
+def test_claim(tmp_path):
+    (tmp_path / "cls.pt").write_bytes(b"weights")
+    file = tmp_path / "labels" / "Ycrf" / "x.png"
+
+    def make():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"label")
+
+    claimed(tmp_path)
+    make()
+    claimed(tmp_path)
+    assert file.exists()  # the same settings: kept
+    with pytest.raises(engine.UsageError, match="labels was made with other settings: a.b 1 -> 2; set"):
+        claimed(tmp_path, {"a.b": 2})
+    assert file.exists()
+    claimed(tmp_path, {"a.b": 2}, overwrite=True)
+    assert not file.exists()
+    make()
+    (tmp_path / "cls.pt").write_bytes(b"other weights")
+    claimed(tmp_path, {"a.b": 2})
+    assert not file.exists()  # labels of another checkpoint go
+    make()
+    (tmp_path / "labels" / "made_with.json").unlink()
+    with pytest.raises(engine.UsageError, match="holds files but no made_with.json"):
+        claimed(tmp_path)
+    (tmp_path / "labels" / "made_with.json").write_text("{")
+    with pytest.raises(engine.UsageError, match="not what this program wrote"):
+        claimed(tmp_path)

@@ -46,13 +46,24 @@ def test_labels_that_cannot_win_are_left_out_of_the_crf():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
     probabilities = np.full((6, 24, 30), 1e-4, np.float32)
-    probabilities[[1, 4]] = rng.random((2, 24, 30))
+    probabilities[[1, 4]] = rng.random((2, 24, 30)) + 0.1
+    probabilities[3, 5, 7] = 0.05  # near the highest in one pixel
     probabilities /= probabilities.sum(0)
     arguments = (4.0, 121.0, 5.0), (3.0, 3.0), 5
-    labels = evaluation.decide(image, probabilities, (0.01, arguments))
-    assert set(np.unique(labels)) <= {1, 4}
+    seen = []
+
+    def crf(image, p, *rest):
+        seen.append(len(p))
+        np.testing.assert_allclose(p.sum(0), 1, rtol=1e-5)
+        return dense_crf(image, p, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "dense_crf", crf)
+        labels = evaluation.sharpen(image, np.log(probabilities), 4.0, *arguments)
+        evaluation.sharpen(image, np.log(probabilities), 0.0, *arguments)
+    assert seen == [3, 2]  # 1, 4 and 3; then those that are somewhere the highest
+    assert set(np.unique(labels)) <= {1, 3, 4}
     assert (labels == dense_crf(image, probabilities, *arguments).argmax(0)).mean() > 0.99
-    assert (evaluation.decide(image, probabilities, None) == probabilities.argmax(0)).all()
 
 
 @pytest.mark.parametrize("settings, name", [

@@ -5,15 +5,43 @@ One file to copy: it needs torch alone. In all of them
     H = softmax(temperature * cosine) over L
     y_crf, y_ret (N, H, W) int64: the two pseudo labels, in 0..L-1; ignore_index in either leaves a pixel out
     S: the pixels where the two agree, ~S: where they differ
-and the result is a scalar. A mean over no pixels is 0. No pixel is gathered: memory stays at a few times L H W.
+and the result is a scalar. A mean over no pixels is 0. No pixel is gathered.
 """
 import torch
 import torch.nn.functional as F
 
 
-def minus_log(cosine, labels, temperature, ignore_index):
-    """-log H_label(p), 0 where the label is ignore_index: (N, H, W)."""
-    return F.cross_entropy(temperature * cosine, labels, ignore_index=ignore_index, reduction="none")
+class Pixels(torch.autograd.Function):
+    """What the losses read of each pixel: (cosine, label, temperature) -> -log H_label, cosine_label and
+    max_c cosine_c, each (N, H, W).
+
+    Forward and backward each make one array of cosine's size, and none is kept between them: of the softmax, its
+    sum at each pixel is enough. Autograd's own chain of these would keep one and make four.
+    """
+
+    @staticmethod
+    def forward(ctx, cosine, labels, temperature):
+        highest, where = cosine.max(1)
+        total = ((cosine - highest[:, None]).mul_(temperature)).exp_().sum(1)
+        given = cosine.gather(1, labels[:, None])[:, 0]
+        ctx.save_for_backward(cosine, labels, where, highest, total)
+        ctx.temperature = temperature
+        return total.log() - temperature * (given - highest), given, highest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_loss, of_given, of_highest):
+        cosine, labels, where, highest, total = ctx.saved_tensors
+        of_loss = ctx.temperature * of_loss  # d(-log H_label) / d cosine_c = temperature (H_c - [c = label])
+        gradient = (cosine - highest[:, None]).mul_(ctx.temperature).exp_().mul_((of_loss / total)[:, None])
+        gradient.scatter_add_(1, labels[:, None], (of_given - of_loss)[:, None])
+        gradient.scatter_add_(1, where[:, None], of_highest[:, None])
+        return gradient, None, None
+
+
+def pixels(cosine, labels, temperature, ignore_index):
+    """Pixels of the labels, that of an ignored one read as 0: every use of it gives it no weight."""
+    return Pixels.apply(cosine, torch.where(labels == ignore_index, 0, labels), temperature)
 
 
 def agreement(y_crf, y_ret, ignore_index):
@@ -38,24 +66,24 @@ def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20
     The gradient flows through sigma, too.
     """
     same, differ = agreement(y_crf, y_ret, ignore_index)
-    ce = minus_log(cosine, y_crf, temperature, ignore_index)
-    labels = torch.where(differ, y_crf, 0)
-    d = 1 + cosine.gather(1, labels[:, None])[:, 0]
+    ce, given, highest = pixels(cosine, y_crf, temperature, ignore_index)
     # Clamped: rounding takes a cosine of -1 below it, and a power of a negative number is NaN.
-    ratio = d.clamp(min=0) / (1 + cosine.amax(1)).clamp(min=1e-6)
+    ratio = (1 + given).clamp(min=0) / (1 + highest).clamp(min=1e-6)
     sigma = torch.where(differ, ratio, 0) ** gamma * differ
     return weighted_mean(ce, same) + weight * weighted_mean(ce, sigma)
 
 
 def cross_entropy(cosine, labels, temperature=20.0, ignore_index=255):
     """- mean over the pixels that have a label of log H_label(p)."""
-    return weighted_mean(minus_log(cosine, labels, temperature, ignore_index), labels != ignore_index)
+    ce, _, _ = pixels(cosine, labels, temperature, ignore_index)
+    return weighted_mean(ce, labels != ignore_index)
 
 
 def agreement_loss(cosine, y_crf, y_ret, temperature=20.0, ignore_index=255):
     """L_ce alone: ~S is left out."""
     same, _ = agreement(y_crf, y_ret, ignore_index)
-    return weighted_mean(minus_log(cosine, y_crf, temperature, ignore_index), same)
+    ce, _, _ = pixels(cosine, y_crf, temperature, ignore_index)
+    return weighted_mean(ce, same)
 
 
 def entropy_loss(cosine, y_crf, y_ret, weight=0.1, temperature=20.0, ignore_index=255):
@@ -71,7 +99,6 @@ def bootstrap_loss(cosine, y_crf, y_ret, weight=0.1, beta=0.8, temperature=20.0,
     which mixes the label with the network's own answer (Reed et al., 2015).
     """
     same, differ = agreement(y_crf, y_ret, ignore_index)
-    log_h = F.log_softmax(temperature * cosine, 1)
-    ce = minus_log(cosine, y_crf, temperature, ignore_index)
-    mixed = beta * ce - (1 - beta) * log_h.amax(1)
-    return weighted_mean(ce, same) + weight * weighted_mean(mixed, differ)
+    ce, given, highest = pixels(cosine, y_crf, temperature, ignore_index)
+    own = ce - temperature * (highest - given)  # - log max_c H_c
+    return weighted_mean(ce, same) + weight * weighted_mean(beta * ce + (1 - beta) * own, differ)

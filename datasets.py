@@ -12,9 +12,11 @@ import difflib
 import io
 import math
 import os
+import reprlib
 import shutil
 import sys
 import tempfile
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 VOID = 255
+MOST_PIXELS = 50_000_000  # of one image: more is taken for a decompression bomb
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
                "tvmonitor")
@@ -47,7 +51,8 @@ class Settings:
     classes: list[str] = field(default_factory=lambda: list(VOC_CLASSES))  # labels 1, 2, ...; 0 is background
     train: str = "train_aug"  # list under ImageSets/Segmentation that the networks learn from
     val: str = "val"  # list of unseen images
-    masks: str = "SegmentationClassAug"  # folder of the true masks, for scores only
+    truth: str = "SegmentationClassAug"  # folder of the true masks: for scores, and for the images of `masks`
+    masks: str = ""  # list of images whose true masks stage 3 may see (semi-supervised); none: boxes alone
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -57,6 +62,9 @@ def read_list(root, split, folder="ImageSets/Segmentation"):
 
     Raises DataError if the list is missing or empty, or holds a path or the same id twice."""
     path = Path(root, folder, f"{split}.txt")
+    if Path(split).name != split:
+        raise DataError(f"{split!r} is not the name of a list; it stands in {Path(root, folder)}, without .txt")
+    _check_file("list", path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -66,10 +74,10 @@ def read_list(root, split, folder="ImageSets/Segmentation"):
     if not counts:
         raise DataError(f"{path}: an empty list; write one image id a line")
     for name, count in counts.items():
-        if "/" in name or "\\" in name or ".." in name:
-            raise DataError(f"{path}: {name!r} is not an image id; write ids without folders, one a line")
+        if "/" in name or "\\" in name or ".." in name or len(name) > 200:
+            raise DataError(f"{path}: {reprlib.repr(name)} is not an image id; write ids without folders, one a line")
         if count > 1:
-            raise DataError(f"{path}: {name!r} stands in it {count} times; keep one")
+            raise DataError(f"{path}: {reprlib.repr(name)} stands in it {count} times; keep one")
     return list(counts)
 
 
@@ -96,10 +104,12 @@ def _open(path, read):
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such image file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             return read(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())
+    except Exception as error:  # of a broken file, Pillow's decoders raise a dozen kinds
+        reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())[:200]
         raise DataError(f"{path}: broken image file ({reason}); fetch or save it again") from None
 
 
@@ -153,16 +163,15 @@ def read_annotation(path, classes, image=None):
     exclusive; (K,) int64 in 1..len(classes). The size is the file's own, or that of the file `image` where
     the annotation gives none. Raises DataError for XML that does not parse, a field that is missing or no
     number, a box without area or beyond the image, a class that is not in `classes`."""
+    _check_file("annotation", path)
     try:
-        annotation = ElementTree.parse(path).getroot()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation; every image in the list needs one") from None
+        annotation = ElementTree.parse(path).getroot()  # expat fetches no entity and stops at one that explodes
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: not an XML annotation ({error}); write it again") from None
     size = _image_size(path, annotation, image)
     boxes, labels = [], []
     for item in annotation.findall("object"):  # direct children only: a <part> has a name and a box as well
-        name = (item.findtext("name") or "").strip()
+        name = " ".join((item.findtext("name") or "").split())[:99]
         if name not in classes:
             nearest = difflib.get_close_matches(name, classes, n=1, cutoff=0)
             raise DataError(f"{path}: class {name!r} is not in data.classes; the nearest is {nearest[0]!r}")
@@ -206,7 +215,7 @@ def _number(path, element, name):
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{path}: <{name.replace('/', '><')}> is {text.strip()!r}, not a number; correct it")
+        raise DataError(f"{path}: <{name.replace('/', '><')}> is {reprlib.repr(text.strip())}, no number; correct it")
     return number
 
 
@@ -217,7 +226,8 @@ class VOCDataset(torch.utils.data.Dataset):
 
     `root`: folder in the devkit's layout; `split`: name of a list; `classes`: names in label order 1, 2, ...;
     `transform`: applied to each sample; `masks`: folders of label PNGs (relative ones lie under root);
-    `boxes=False`: no XML is read. A sample is a dict:
+    `boxes=False`: no XML is read; `exact`: ids for which each of the masks is read from the folder `truth`
+    instead. A sample is a dict:
 
         id          str
         image       uint8 (3,H,W) RGB
@@ -229,7 +239,7 @@ class VOCDataset(torch.utils.data.Dataset):
     `annotations`: id -> (boxes, labels). Everything but the pixels is checked on construction, so that a
     fault ends a run before it starts; every fault, then or on reading a sample, raises DataError."""
 
-    def __init__(self, root, split, classes, transform=None, masks=(), boxes=True):
+    def __init__(self, root, split, classes, transform=None, masks=(), boxes=True, truth=None, exact=()):
         self.root, self.classes, self.transform = Path(root), list(classes), transform
         if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) >= VOID:
             raise DataError(f"data.classes: needs 1 to {VOID - 1} different names, not {self.classes}")
@@ -238,8 +248,9 @@ class VOCDataset(torch.utils.data.Dataset):
         self.ids = read_list(root, split)
         self.mask_folders = [self.root / folder for folder in masks]
         _check_files("image", [self._image(name) for name in self.ids])
-        for folder in self.mask_folders:
-            _check_files("mask", [folder / f"{name}.png" for name in self.ids])
+        self.truth, self.exact = truth, set(exact)
+        for paths in zip(*map(self._masks, self.ids)):
+            _check_files("mask", paths)
         self.annotations, self._sizes = ({}, {}) if boxes else (None, {})
         for name in self.ids if boxes else ():
             xml = self.root / "Annotations" / f"{name}.xml"
@@ -247,6 +258,10 @@ class VOCDataset(torch.utils.data.Dataset):
 
     def _image(self, name):
         return self.root / "JPEGImages" / f"{name}.jpg"
+
+    def _masks(self, name):
+        folders = [self.root / self.truth] * len(self.mask_folders) if name in self.exact else self.mask_folders
+        return [folder / f"{name}.png" for folder in folders]
 
     def __len__(self):
         return len(self.ids)
@@ -263,7 +278,7 @@ class VOCDataset(torch.utils.data.Dataset):
             sample["labels"] = labels.clone()
             sample["background"] = tv_tensors.Mask(_outside(boxes, size))
         if self.mask_folders:
-            paths = [folder / f"{name}.png" for folder in self.mask_folders]
+            paths = self._masks(name)
             masks = [read_mask(path, len(self.classes) + 1) for path in paths]
             for path, mask in zip(paths, masks):
                 _check_size(path, mask.shape, size, "the image")
@@ -272,9 +287,22 @@ class VOCDataset(torch.utils.data.Dataset):
 
 
 def _check_files(kind, paths):
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]  # which, unlike Path's, takes any name
     if missing:
         raise DataError(f"{missing[0]}: no such {kind}; {len(missing)} of {len(paths)} {kind}s are missing")
+    for path in paths:
+        _check_file(kind, path)
+
+
+def _check_file(kind, path, most=10_000_000):
+    """A plain file in its own folder: not a device, not a link that leads elsewhere; not huge, if it is text."""
+    if not os.path.isfile(path):
+        need = "write one id a line" if kind == "list" else "every image needs one"
+        raise DataError(f"{path}: no such {kind}; {need}")
+    if os.path.islink(path) and Path(path).resolve().parent != Path(path).parent.resolve():
+        raise DataError(f"{path}: a link out of its folder; put the {kind} itself there, or link the whole folder")
+    if kind in ("list", "annotation") and os.path.getsize(path) > most:
+        raise DataError(f"{path}: {os.path.getsize(path)} bytes, too many for a {kind}")
 
 
 def _check_size(path, found, expected, owner):

@@ -7,13 +7,16 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import reprlib
 import shutil
+import signal
 import sys
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -27,6 +30,12 @@ from tqdm import tqdm
 import datasets
 import models
 
+MOST_YAML = 50_000  # characters
+LEAST = {"run.seed": 0, "run.workers": 0, "run.log_every": 1, "run.save_every": 1, "iterations": 1, "batch": 1,
+         "crop": 9, "width": 0.01, "jitter": 0, "lr": 0, "train_cls.grid": 1, "train_cls.bins": 1,
+         "make_labels.crf_iterations": 1, "make_labels.pictures": 0, "eval.crf_iterations": 1, "eval.panels": 0}
+POSITIVE = {"train_cls.scale": 2, "train_seg.scale": 2, "make_labels.crf_bilateral": 3, "make_labels.crf_gaussian": 2,
+            "eval.crf_bilateral": 3, "eval.crf_gaussian": 2, "eval.scales": 0}  # lists: how many numbers
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 GO_ON = "the same command goes on from there"
 SCRIPTS = ("train_cls", "make_labels", "train_seg", "eval")
@@ -49,7 +58,7 @@ class Run:
     save_every: int = 100  # iterations from one checkpoint to the next
     mean_over: list[str] = field(default_factory=list)  # also report the mean IoU over these labels
     overwrite: bool = False  # what other settings made of this stage in runs/NAME makes room
-    deterministic: bool = False  # on a GPU: the same numbers each time, slower; a CPU needs no more than OMP_NUM_THREADS
+    deterministic: bool = False  # on a GPU: the same numbers each time, slower; a CPU does so anyway
     compile: bool = False  # torch.compile the backbone for training: minutes at the start, faster steps after
 
 
@@ -80,7 +89,7 @@ class Training:
 
 
 def nearest(word, words):
-    return "".join(f"; did you mean {w}?" for w in difflib.get_close_matches(word, words, 1, 0.4))
+    return "".join(f"; did you mean {w}?" for w in difflib.get_close_matches(word[:99], words, 1, 0.4))
 
 
 def convert(value, kind, key, where):
@@ -88,19 +97,20 @@ def convert(value, kind, key, where):
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise UsageError(f"{where}: {key} is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
+        raise UsageError(f"{where}: {key} is {reprlib.repr(value)}, not one of {', '.join(map(str, get_args(kind)))}")
     if get_origin(kind) is list:
         if isinstance(value, list):
             return [convert(v, get_args(kind)[0], key, where) for v in value]
     elif kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a string
-        except (TypeError, ValueError):
+            if math.isfinite(number := float(value)):  # YAML 1.1 reads 1e-3 as a string
+                return number
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = kind.__name__ if get_origin(kind) is None else f"list of {get_args(kind)[0].__name__}"
-    raise UsageError(f"{where}: {key} is {value!r}, not a {name}")
+    raise UsageError(f"{where}: {key} is {reprlib.repr(value)}, not a {name}")
 
 
 def configure(script, arguments):
@@ -124,12 +134,13 @@ def configure(script, arguments):
         raise UsageError(f"{files[1]}: a second settings file; usage: python {script}.py [CONFIG.yaml] [key=value ...]")
     path = Path(files[0]) if files else DEFAULT_CONFIG
     for section, content in read_yaml(path).items():
+        section = " ".join(str(section).split())[:99]
         if section not in sections:
-            raise UsageError(f"{path}: unknown section {section}{nearest(str(section), sections)}")
+            raise UsageError(f"{path}: unknown section {section}{nearest(section, sections)}")
         if not isinstance(content, dict | None):
-            raise UsageError(f"{path}: section {section} is {content!r}, not a list of key: value")
+            raise UsageError(f"{path}: section {section} is {reprlib.repr(content)}, not a list of key: value")
         for key, value in (content or {}).items():
-            put(section, str(key), value, path)
+            put(section, " ".join(str(key).split())[:99], value, path)
     for argument in arguments:
         if "=" in argument:
             key, _, text = argument.partition("=")
@@ -146,9 +157,10 @@ def configure(script, arguments):
                 value = text
             value = text if get_type_hints(sections[section]).get(name) is str else value
             put(section, name, value, "command line")
-    if Path(config["run"].name).name != config["run"].name or config["run"].name in ("", "..", "."):
-        raise UsageError(f"run.name is {config['run'].name!r}, not the name of a folder under runs/")
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}", config["run"].name):
+        raise UsageError(f"run.name is {reprlib.repr(config['run'].name)}, not a folder's name of letters, digits, . _ and -")
     config = SimpleNamespace(**config, path=Path("runs") / config["run"].name)
+    check_values(config)
     config.device = find_device(config.run.device)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for it
@@ -175,14 +187,44 @@ def find_device(name):
 
 def read_yaml(path):
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; configs/ holds the settings files") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError:
+        text = "\0"  # no text, no YAML
+    if len(text) > MOST_YAML:
+        raise UsageError(f"{path}: {len(text)} characters, too many for a settings file")
+    try:
+        depth = aliases = 0
+        for event in yaml.parse(text):  # what is deep or full of aliases can take hours and all memory to load
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > 10 or aliases > 20:
+                raise yaml.YAMLError("too deep, or too many aliases")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict | None):
         raise UsageError(f"{path}: not sections of key: value")
     return content or {}
+
+
+def check_values(config):
+    """Numbers that no stage can work with are refused before any starts."""
+    for key, least in LEAST.items():
+        for section in [key.split(".")[0]] if "." in key else ["train_cls", "train_seg"]:
+            name = key.split(".")[-1]
+            value = getattr(getattr(config, section), name)
+            if value < least:
+                raise UsageError(f"{section}.{name} is {value}, not at least {least}")
+    for key, length in POSITIVE.items():
+        section, name = key.split(".")
+        values = getattr(getattr(config, section), name)
+        if len(values) != (length or max(len(values), 1)) or not all(v > 0 for v in values):
+            raise UsageError(f"{key} is {values}, not {length or 'one or more'} numbers above 0")
+    for s in (config.train_cls, config.train_seg):
+        if s.scale[0] > s.scale[1] or not 0 <= s.dropout < 1:
+            raise UsageError(f"scale is {s.scale}, dropout {s.dropout}: not low, high, or not a share under 1")
 
 
 def run(script, main):
@@ -255,7 +297,9 @@ def made_with(config, section, *others, without=()):
 
 def check_unchanged(path, before, now):
     """Refuses to go on with what other settings began."""
-    changed = [f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    before = before if isinstance(before, dict) else {}
+    changed = [f"{k} {reprlib.repr(before.get(k))} -> {reprlib.repr(now.get(k))}"
+               for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:
         raise UsageError(f"{path} was made with other settings: {', '.join(changed)}; "
                          "set run.name to a new one, or overwrite=true to lose it")
@@ -296,7 +340,7 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: make it with python {MADE_BY[path.name]}") from None
     except Exception:
-        raise UsageError(f"{path}: not a checkpoint; delete it and make it anew with python {MADE_BY[path.name]}") from None
+        raise UsageError(f"{path}: not a checkpoint; delete it, then run python {MADE_BY[path.name]}") from None
 
 
 def load_network(config, name, network, settings):
@@ -304,13 +348,14 @@ def load_network(config, name, network, settings):
     path = config.path / name
     checkpoint = read_checkpoint(path)
     here = dict(backbone=settings.backbone, width=settings.width)
-    if checkpoint.get("network") != here:
-        raise UsageError(f"{path}: holds the network {checkpoint.get('network')}, but the settings say {here}")
-    if checkpoint.get("classes") != config.data.classes:
-        raise UsageError(f"{path}: was trained on the classes {checkpoint.get('classes')}, not on data.classes")
+    found, classes = checkpoint.get("network"), checkpoint.get("classes")
+    if not isinstance(found, dict) or found != here:
+        raise UsageError(f"{path}: holds the network {reprlib.repr(found)}, but the settings say {here}")
+    if not isinstance(classes, list) or classes != config.data.classes:
+        raise UsageError(f"{path}: was trained on the classes {reprlib.repr(classes)}, not on data.classes")
     try:
         network.load_state_dict(checkpoint["model"])
-    except (KeyError, RuntimeError, AttributeError):
+    except Exception:  # a file may hold anything under that name
         raise UsageError(f"{path}: holds other weights than its network has; train it anew") from None
     return network.eval().to(config.device, memory_format=torch.channels_last)
 
@@ -328,8 +373,9 @@ def overlap(workers, function, tasks):
     if not workers:
         yield from ((kept, function(*arguments)) for kept, arguments in tasks)
         return
-    # spawn: a fork would copy this process's threads' locks, and its GPU.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    # spawn: a fork would copy this process's threads' locks, and its GPU. Ctrl-C is this process's to answer.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
+                             (signal.SIGINT, signal.SIG_IGN)) as pool:
         waiting = deque()
         for kept, arguments in tasks:
             waiting.append((kept, pool.submit(function, *arguments)))
@@ -345,7 +391,7 @@ def overlap(workers, function, tasks):
 
 def true_masks(config):
     """The folder of true masks, or None where there is none."""
-    folder = Path(config.data.root, config.data.masks).resolve()
+    folder = Path(config.data.root, config.data.truth).resolve()
     return folder if folder.is_dir() else None
 
 
@@ -440,9 +486,6 @@ def train(config, script, settings, network, dataset, losses, **inputs):
     """
     path = config.path / {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
     partial = path.with_name(f"{path.name}.partial")
-    for key in ("iterations", "batch"):
-        if getattr(settings, key) < 1:
-            raise UsageError(f"{script}.{key} is {getattr(settings, key)}, not at least 1")
     state = dict(settings=made_with(config, script, "data.train", "run.seed") | inputs, iteration=0)
     if path.exists() and not partial.exists():
         before = read_checkpoint(path).get("settings", {})
@@ -506,8 +549,8 @@ def read_losses(script, unread):
     for (iteration, ids, _), row in zip(unread, table):
         loss = row[names.index("loss")]
         if not math.isfinite(loss):
-            raise UsageError(f"the loss is {loss} at iteration {iteration}, images {' '.join(ids)}; the last checkpoint "
-                             f"is kept; try a smaller {script}.lr, with overwrite=true")
+            raise UsageError(f"the loss is {loss} at iteration {iteration}, images {' '.join(ids)}; the last "
+                             f"checkpoint is kept; try a smaller {script}.lr, with overwrite=true")
     return {name: round(value, 5) for name, value in zip(names, table[-1])}
 
 

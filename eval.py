@@ -5,7 +5,7 @@
 
 Reads data.root and runs/NAME/seg.pt; writes runs/NAME/eval.json, predictions/ID.png and panels.png.
 """
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ class Settings:
     crf_iterations: int = 10
     crf_margin: float = 5.0  # a label whose log probability nowhere comes this near the highest is left out of the CRF
     panels: int = 8  # rows of panels.png
+    photos: bool = True  # false: panels.png without the images, where they may not be shown
 
 
 def method(s):
@@ -61,7 +62,9 @@ def predict(network, image, scales, flip):
         cosine = network(scaled.contiguous(memory_format=torch.channels_last))
         if flip:
             cosine = torch.stack((cosine[0], cosine[1].flip(2)))
-        views.append(F.interpolate(cosine, size, mode="bilinear", align_corners=False).mean(0))
+        if scale != 1:
+            cosine = F.interpolate(cosine, size, mode="bilinear", align_corners=False)
+        views.append(cosine.mean(0))
     return torch.stack(views).mean(0)
 
 
@@ -114,6 +117,8 @@ def panel(config, name):
     root, folder = Path(config.data.root), config.path
     image = datasets.read_image(root / "JPEGImages" / f"{name}.jpg")
     annotation = root / "Annotations" / f"{name}.xml"
+    if not config.eval.photos:
+        image = np.full_like(image, 224)
     num_labels = 1 + len(config.data.classes)
 
     def labels(path):
@@ -176,7 +181,7 @@ def main(config):
     split, truth = s.split or config.data.val, engine.true_masks(config)
     if s.labels:
         if not truth:
-            raise engine.UsageError(f"{Path(config.data.root, config.data.masks)}: no true masks to score against")
+            raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
         columns = engine.score_folders(config, split, {"labels": Path(s.labels)})
         engine.show(f"{s.labels} on {split}", columns)
         return
@@ -185,8 +190,9 @@ def main(config):
     dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=False,
                                   masks=[truth] if truth else ())
     folder = prediction_folder(config)
-    without = ("split", "labels", "panels") + ("crf_margin", "crf_bilateral", "crf_gaussian", "crf_iterations") * (not s.crf)
-    engine.claim(config, folder, engine.made_with(config, "eval", without=without), config.path / "seg.pt")
+    without = {"split", "labels", "panels", "photos"} | {k for k in asdict(s) if k.startswith("crf_") and not s.crf}
+    settings = engine.made_with(config, "eval", "train_seg.temperature", without=without)
+    engine.claim(config, folder, settings, config.path / "seg.pt")
     predict_split(config, network, dataset, folder)
     if truth:
         path = config.path / "eval.json"

@@ -3,7 +3,7 @@
     python make_labels.py [CONFIG.yaml] [key=value ...]
 
 Reads data.root and runs/NAME/cls.pt; writes runs/NAME/labels/Ycrf/ID.png and Yret/ID.png for the lists data.train
-and data.val, u0/ID.png for a few of them, and scores.json where data.masks holds true masks. Images that have their
+and data.val, u0/ID.png for a few of them, and scores.json where data.truth holds true masks. Images that have their
 labels already are skipped.
 """
 import math

@@ -97,7 +97,7 @@ class BAP(nn.Module):
             return self.pool(features.to(dtype), boxes, image_size, background)
 
     def pool(self, features, boxes, image_size, background):
-        (n, channels, h, w), (height, width) = features.shape, image_size
+        (n, _, h, w), (height, width) = features.shape, image_size
         if background is None:
             background = outside_boxes(boxes, image_size)
         elif background.shape != (n, 1, height, width):
@@ -177,7 +177,7 @@ class Upsampled:
     """
 
     def __init__(self, features, size, canvas=None):
-        self.features = features
+        self.features, self.norms = features, None
         rows, columns = canvas or size
         self.rows = interpolation(rows, features.shape[1], features)[:size[0]]        # (H, h)
         self.columns = interpolation(columns, features.shape[2], features)[:size[1]]  # (W, w)
@@ -193,6 +193,8 @@ class Upsampled:
         With weights a, 1 - a of the upper and lower, b, 1 - b of the left and right cell, the squared norm is
         the sum over the four cells of weight^2 <f, f>, and over their six pairs of 2 weight weight' <f, f'>.
         """
+        if self.norms is not None:
+            return self.norms
         f, y, x = self.features, self.rows, self.columns
         y_pair, x_pair = 2 * y[:, :-1] * y[:, 1:], 2 * x[:, :-1] * x[:, 1:]
         itself = (f * f).sum(0)
@@ -201,7 +203,8 @@ class Upsampled:
         diagonals = (f[:, :-1, :-1] * f[:, 1:, 1:] + f[:, :-1, 1:] * f[:, 1:, :-1]).sum(0) / 2
         squared = (y * y) @ itself @ (x * x).T + (y * y) @ right @ x_pair.T
         squared = squared + y_pair @ down @ (x * x).T + y_pair @ diagonals @ x_pair.T
-        return squared.clamp(min=0).sqrt()
+        self.norms = squared.clamp(min=0).sqrt()
+        return self.norms
 
     def cosine(self, vectors):
         """Cosine of every pixel's feature with vectors (K, C) -> (K, H, W) in [-1, 1], 0 where a norm is 0."""
@@ -225,6 +228,7 @@ def padded_size(size):
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CAFFE = dict(mean=(0.48235, 0.45882, 0.40784), std=(1 / 255,) * 3)  # of IMAGENET1K_FEATURES
+CAFFE_FILE = dict(mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255,) * 3)  # DeepLab's
 HUB = ("imagenet", "imagenet_features")
 
 
@@ -314,10 +318,34 @@ def cut_vgg16(state, source):
     return cut
 
 
+def from_caffe(state):
+    """VGG-16 as Caffe's converted files name it (conv1_1.weight ... fc7.bias, for BGR, with fc6 and fc7 whole or as
+    LargeFOV cut them) in torchvision's names, for RGB.
+    """
+    state = {name: value for name, value in state.items() if not name.startswith("fc8")}
+    layers, index = {}, 0
+    for block, convolutions in enumerate((2, 2, 3, 3, 3), 1):
+        for number in range(1, convolutions + 1):
+            layers[f"conv{block}_{number}"] = f"features.{index}"
+            index += 2  # its ReLU
+        index += 1  # its pool
+    if len(state.get("fc6.bias", ())) == 4096:
+        layers |= {"fc6": "classifier.0", "fc7": "classifier.3"}
+        state |= {name: state[name].flatten(1) for name in ("fc6.weight", "fc7.weight") if name in state}
+    state["conv1_1.weight"] = state["conv1_1.weight"].flip(1)
+    parts = [(*name.rpartition("."), value) for name, value in state.items()]
+    return {f"{layers.get(layer, layer)}.{kind}": value for layer, _, kind, value in parts}
+
+
 def vgg_backbone(name, source, state, dilation, width, dropout):
     module, colours, loaded = VGG16(dilation, width, name == "vgg16_bn", dropout), IMAGENET, set()
     if source in HUB:
         state, colours = torchvision_weights(name, source)
+    elif state and "conv1_1.weight" in state:
+        try:
+            state, colours = from_caffe(state), CAFFE_FILE
+        except (RuntimeError, IndexError):  # other shapes
+            raise WeightsError(f"{source}: named as Caffe's VGG-16, but not of its shapes") from None
     elif state and not state.get("classifier.0.weight", torch.zeros(1)).isfinite().all():
         colours = CAFFE
     if state:
@@ -401,7 +429,8 @@ class Network(nn.Module):
 
     backbone: vgg16, vgg16_bn, resnet50, resnet101, resnet152 or timm/NAME.
     weights: imagenet (torchvision's or timm's), imagenet_features (Caffe-coloured VGG-16 without fc6, fc7),
-    none, or a file: of such weights, or a checkpoint of this class, whose backbone is taken. Raises WeightsError where these cannot be had.
+    none, or a file: of such weights, of Caffe's VGG-16 (conv1_1 ... fc7), or a checkpoint of this class, whose backbone
+    is taken. Raises WeightsError where these cannot be had.
     width: a factor on VGG-16's channels. dropout: share of VGG-16's fc6 and fc7 channels dropped in training.
     With pretrained weights batch normalisation stays frozen, since batches of crops are too small for its
     statistics; set freeze_norm = False to train it.

@@ -44,7 +44,7 @@ def losses(network, batch):
 def main(config):
     s = config.train_cls
     if s.crop < 9 or s.crop % models.STRIDE != 1:
-        raise engine.UsageError(f"train_cls.crop is {s.crop}, not 8 k + 1, such as 321: the size whose map has no margin")
+        raise engine.UsageError(f"train_cls.crop is {s.crop}, not 8 k + 1, such as 321: then the map has no margin")
     torch.manual_seed(config.run.seed)
     pooling = models.BAP(s.grid, s.bins, s.min_background if s.pooling == "bap" else 1.0)
     network = models.BoxClassifier(len(config.data.classes), s.backbone, s.weights, s.width, s.dropout, pooling)

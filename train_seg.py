@@ -2,7 +2,8 @@
 
     python train_seg.py [CONFIG.yaml] [key=value ...]
 
-Reads data.root and runs/NAME/labels, writes runs/NAME/seg.pt.
+Reads data.root and runs/NAME/labels, writes runs/NAME/seg.pt. data.masks names a list of images whose true masks
+stand in for both labels: semi-supervised training.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -51,15 +52,17 @@ def main(config):
     torch.manual_seed(config.run.seed)
     weights = config.path / "cls.pt" if s.weights == "stage1" else s.weights
     network = models.DeepLab(1 + len(config.data.classes), s.backbone, weights, s.width, s.dropout)
+    masked = datasets.read_list(config.data.root, config.data.masks) if config.data.masks else ()
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
     dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform,
-                                  masks=[folder.resolve() for folder in folders], boxes=s.balance)
+                                  masks=[folder.resolve() for folder in folders], boxes=s.balance,
+                                  truth=config.data.truth, exact=masked)
 
     def losses_of(network, batch):
         y_crf, y_ret = batch["masks"].to(batch["image"].device, non_blocking=True).long().unbind(1)
         return {"loss": segmentation_loss(s, network(batch["image"]), y_crf, y_ret)}
 
-    inputs = {"labels": engine.digest(config.path / "labels" / "made_with.json")}
+    inputs = {"data.masks": config.data.masks, "labels": engine.digest(config.path / "labels" / "made_with.json")}
     engine.train(config, "train_seg", s, network, dataset, losses_of, **inputs)
 
 

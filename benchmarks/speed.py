@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import naive  # noqa: E402
+
 import datasets  # noqa: E402
 import engine  # noqa: E402
 import eval as evaluation  # noqa: E402
 import losses  # noqa: E402
 import make_labels  # noqa: E402
 import models  # noqa: E402
-import naive  # noqa: E402
 import train_cls  # noqa: E402
 import train_seg  # noqa: E402
 from crf import dense_crf  # noqa: E402
@@ -141,7 +143,8 @@ def training_step(s, network, batch, loss, precision):
     return step, floor
 
 
-def bap_case(batch=20, boxes=50, form=models.BAP()):
+def bap_case(batch=20, boxes=50, form=None):
+    form = form or models.BAP()
     features = torch.randn(batch, 1024, 41, 41, device=DEVICE, requires_grad=True)
     per_image = [random_boxes(boxes // batch + (i < boxes % batch), (CROP, CROP), i) for i in range(batch)]
 
@@ -246,7 +249,7 @@ MEMORY = {
 
 
 def training():
-    title(f"training step, VGG-16, {BATCH} crops of {CROP}", "s", "backbone alone, s", "ratio", "MB", "backbone alone, MB")
+    title(f"training step, VGG-16, {BATCH} crops of {CROP}", "s", "backbone alone, s", "ratio", "MB", "backbone, MB")
     rates = {}
     for stage, parts in (("stage 1", stage_1), ("stage 3", stage_3)):
         memory = peak(f"{stage} step"), peak(f"{stage} floor")
@@ -274,19 +277,21 @@ def input_pipeline():
         for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
             Path(root, folder).mkdir(parents=True)
         for n, name in enumerate(names):
-            Image.fromarray(photograph(seed=n).transpose(1, 2, 0)).save(Path(root, f"JPEGImages/{name}.jpg"), quality=90)
+            image = Image.fromarray(photograph(seed=n).transpose(1, 2, 0))
+            image.save(Path(root, f"JPEGImages/{name}.jpg"), quality=90)
             datasets.write_mask(Path(root, f"Y/{name}.png"), labels_of((1, *SIZE), 21)[0][0].cpu().numpy())
             Path(root, f"Annotations/{name}.xml").write_text(
                 "<a><size><width>500</width><height>375</height></size><object><name>a</name><bndbox><xmin>50</xmin>"
                 "<ymin>60</ymin><xmax>300</xmax><ymax>300</ymax></bndbox></object></a>")
         Path(root, "ImageSets/Segmentation/all.txt").write_text("\n".join(names))
         transform = datasets.training_transform(CROP, (124, 116, 104))
+        take = lambda data: [data[k % len(data)] for k in range(16)]  # noqa: E731
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for stage, masks in (("stage 1", {}), ("stage 3, two masks", dict(masks=["Y", "Y"], boxes=False))):
             data = datasets.Stream(datasets.VOCDataset(root, "all", ["a"], transform, **masks), 16, 0)
             plain = datasets.VOCDataset(root, "all", ["a"], **masks)
-            crops, decoding = clock(lambda: [data[k] for k in range(16)], lambda: [plain[k % 8] for k in range(16)])
+            crops, decoding = clock(partial(take, data), partial(take, plain))
             row(stage, 16 / crops, 16 / decoding)
         torch.set_num_threads(threads)
 
@@ -312,7 +317,7 @@ def evaluating(folder):
     title("CRF of one 375 x 500 image, one core", "s")
     for labels in (2, 4, 21):
         p = torch.rand(labels, *SIZE).softmax(0).numpy()
-        row(f"{labels} labels", clock(lambda: dense_crf(image, p, (4.0, 121.0, 5.0)), rounds=3)[0])
+        row(f"{labels} labels", clock(partial(dense_crf, image, p, (4.0, 121.0, 5.0)), rounds=3)[0])
     return plain
 
 
@@ -325,7 +330,7 @@ def scaling():
     for name, form in (("this", models.BAP()), ("a loop over boxes", naive.bap)):
         times = [clock(bap_case(2, count, form), rounds=3)[0] for count in counts]
         left.plot(counts, times, "o-", label=name)
-    left.set(xlabel="boxes in two crops of 321", ylabel="s", title="BAP, forward and backward", xscale="log", yscale="log")
+    left.set(xlabel="boxes in two crops", ylabel="s", title="BAP, forward and backward", xscale="log", yscale="log")
     sides = [128, 256, 384, 512, 768]
     for name, index in (("this", 0), ("upsampled first", 3)):
         times = []

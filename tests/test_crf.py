@@ -1,9 +1,9 @@
 """crf.py: against a mean field with every pair of pixels written out, and what a user hands it."""
 import numpy as np
 import pytest
+import reference
 import torch
 
-import reference
 from crf import dense_crf
 
 

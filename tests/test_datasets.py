@@ -102,6 +102,18 @@ def test_masks_stack_in_order_from_relative_and_absolute_folders(small, tmp_path
     assert sample["masks"].shape == (2, 40, 60) and sample["masks"].amax((1, 2)).tolist() == [0, 3]
 
 
+def test_exact_ids_read_the_truth_in_place_of_their_labels(small, tmp_path):
+    for kind, value in (("Ycrf", 1), ("Yret", 2)):
+        for name, size in (("a", (40, 60)), ("c", (40, 60))):  # b, whose truth is known, needs no labels
+            datasets.write_mask(tmp_path / kind / f"{name}.png", np.full(size, value))
+    datasets.write_mask(small / "SegmentationClassAug/b.png", np.full((50, 30), 3))
+    labels = [tmp_path / "Ycrf", tmp_path / "Yret"]
+    _, samples = read_all(small, masks=labels, truth="SegmentationClassAug", exact=["b"])
+    assert [sample["masks"].flatten(1).amax(1).tolist() for sample in samples] == [[1, 2], [3, 3], [1, 2]]
+    with pytest.raises(DataError, match="b.png: no such mask"):
+        read_all(small, masks=labels)
+
+
 def test_an_objects_parts_are_not_objects(tmp_path):
     head = xml([("head", 2, 2, 3, 3)], None).split("<object>")[1].split("</object>")[0]
     (tmp_path / "a.xml").write_text(xml([("dog", 11, 12, 20, 30)], extra=f"<part>{head}</part>"))
@@ -580,7 +592,7 @@ def test_merge_writes_nothing_when_a_download_is_incomplete(tmp_path, monkeypatc
     if missing == "a list":
         (sbd / "val.txt").unlink()
     words = {"an id": "SBD: 3 ids for train_aug, not 10582", "a mask": "s2.mat: no such mask",
-             "a list": "val.txt: cannot read"}
+             "a list": "val.txt: no such list"}
     before = digest(tmp_path)
     with pytest.raises(DataError, match=words[missing]):
         datasets.merge_augmented(voc, sbd, 10582 if missing == "an id" else 3)

@@ -44,7 +44,8 @@ def test_every_file_is_there(work):
     ids = {split: datasets.read_list(work / "data" / "shapes", split) for split in ("train", "val")}
     labels = {f"labels/{kind}/{name}.png" for kind in ("Ycrf", "Yret", "u0") for name in ids["train"] + ids["val"]}
     predictions = {f"predictions/plain/{name}.png" for name in ids["val"]}
-    others = {"labels/made_with.json", "predictions/plain/made_with.json", "cls.pt", "seg.pt", "labels/scores.json", "eval.json", "metrics.jsonl", "panels.png"}
+    others = {"cls.pt", "labels/made_with.json", "labels/scores.json", "seg.pt", "predictions/plain/made_with.json",
+              "eval.json", "metrics.jsonl", "panels.png"}
     assert names == labels | predictions | others
 
 
@@ -122,7 +123,7 @@ def test_a_folder_of_labels_is_scored(work):
 def test_same_seed_same_weights(work, tmp_path):
     shutil.copytree(work / "data", tmp_path / "data")
     assert command("train_cls", cwd=tmp_path).returncode == 0
-    first, second = (torch.load(folder / "runs/shapes/cls.pt", weights_only=True)["model"] for folder in (work, tmp_path))
+    first, second = (torch.load(f / "runs/shapes/cls.pt", weights_only=True)["model"] for f in (work, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -203,7 +204,7 @@ def test_missing_folder_list_and_settings(spoilt, capsys, monkeypatch):
     assert "train_seg.batch is 0" in refused("train_seg", capsys, monkeypatch, "batch=0")
     assert "run.device: nonsense" in refused("eval", capsys, monkeypatch, "run.device=nonsense")
     assert "no label rign; did you mean ring?" in refused("eval", capsys, monkeypatch, "run.mean_over=[rign]")
-    assert "no true masks" in refused("eval", capsys, monkeypatch, "labels=runs", "data.masks=none")
+    assert "no true masks" in refused("eval", capsys, monkeypatch, "labels=runs", "data.truth=none")
 
 
 def test_an_id_with_a_path_in_it(spoilt, capsys, monkeypatch):
@@ -245,6 +246,21 @@ def test_every_loss_trains(spoilt, monkeypatch, loss):
     monkeypatch.setattr(sys, "argv", ["train_seg.py", *SMALL, f"loss={loss}", "overwrite=true"])
     engine.run("train_seg", train_seg.main)
     assert all(v.isfinite().all() for v in torch.load("runs/shapes/seg.pt", weights_only=True)["model"].values())
+
+
+def test_semi_supervised(spoilt, capsys, monkeypatch):
+    """Images of the list data.masks learn from their true masks: their labels are not needed."""
+    import train_seg
+    ids = datasets.read_list("data/shapes", "train")
+    Path("data/shapes/ImageSets/Segmentation/known.txt").write_text("\n".join(ids[:3]))
+    for name in ids[:3]:
+        Path(f"runs/shapes/labels/Ycrf/{name}.png").unlink()
+    weights = torch.load("runs/shapes/seg.pt", weights_only=True)["model"]
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *SMALL, "data.masks=known", "overwrite=true"])
+    engine.run("train_seg", train_seg.main)
+    other = torch.load("runs/shapes/seg.pt", weights_only=True)["model"]
+    assert not all(torch.equal(weights[k], other[k]) for k in weights)
+    assert "data.masks" in refused("train_seg", capsys, monkeypatch)  # refused: seg.pt knew masks, this would not
 
 
 @pytest.mark.parametrize("argument", ["pooling=gap", "grid=2", "bins=1", "balance=true", "run.precision=bf16"])

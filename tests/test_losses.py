@@ -2,10 +2,10 @@
 import math
 
 import pytest
+import reference
 import torch
 
 import losses
-import reference
 
 VOID = 255
 TWO_LABELS = ["noise_aware_loss", "agreement_loss", "entropy_loss", "bootstrap_loss"]

@@ -6,12 +6,13 @@ import sys
 from urllib.error import URLError
 
 import pytest
+import reference
 import torch
+import torch.nn.functional as F
 import torchvision
+from conftest import ROOT, SHARED
 from torch import nn
 
-import reference
-from conftest import ROOT, SHARED
 from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError
 
 # map size, image size; the two differ by no round factor, or one side has a single cell
@@ -457,6 +458,48 @@ def test_vgg16_from_a_file(tmp_path):
     groups = {(g["lr"], g["weight_decay"]): g["params"] for g in
               model.parameter_groups(1.0, 5e-4, double_bias=True)}
     assert {k: len(v) for k, v in groups.items()} == {(1.0, 5e-4): 15, (2.0, 0.0): 15, (10.0, 5e-4): 1}
+
+
+CAFFE_LAYERS = [f"conv{block}_{i}" for block, count in enumerate((2, 2, 3, 3, 3), 1) for i in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("fully", ["cut", "matrices", "kernels"])
+def test_vgg16_in_caffes_names(tmp_path, fully):
+    """conv1_1 ... fc7 for BGR: the first layer answers to a BGR image as the file's own kernel does."""
+    state = random_state("vgg16")
+    old = [name for name in state if name.startswith("features.") and name.endswith(".weight")]
+    assert len(old) == len(CAFFE_LAYERS) == 13
+    file = {}
+    for ours, theirs in zip(old, CAFFE_LAYERS):
+        file[f"{theirs}.weight"], file[f"{theirs}.bias"] = state[ours], state[ours.replace("weight", "bias")]
+    for ours, theirs in (("classifier.0", "fc6"), ("classifier.3", "fc7")):
+        weight, bias = state[f"{ours}.weight"], state[f"{ours}.bias"]
+        if fully == "cut":
+            weight = weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3] if theirs == "fc6" else weight[::4, ::4, None, None]
+            bias = bias[::4]
+        elif fully == "kernels":
+            weight = weight.view(4096, -1, 7, 7) if theirs == "fc6" else weight[:, :, None, None]
+        file[f"{theirs}.weight"], file[f"{theirs}.bias"] = weight, bias
+    file["fc8.weight"] = torch.zeros(1000, 4)
+    torch.save(file, tmp_path / "vgg16_20M.pth")
+    model = BoxClassifier(3, backbone="vgg16", weights=str(tmp_path / "vgg16_20M.pth"))
+    for ours, theirs in list(zip(old, CAFFE_LAYERS))[1:]:
+        assert torch.equal(model.backbone.state_dict()[ours], file[f"{theirs}.weight"])
+    state["features.0.weight"] = state["features.0.weight"].flip(1)
+    assert_vgg16_holds(model, state)
+
+    image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
+    bgr = image.flip(1).float() - torch.tensor([104.008, 116.669, 122.675])[:, None, None]
+    expected = F.conv2d(bgr, file["conv1_1.weight"], file["conv1_1.bias"], padding=1)
+    seen = model.backbone.features[0]((image / 255 - model.mean) / model.std)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-3)
+    assert {g["lr"]: len(g["params"]) for g in model.parameter_groups(1.0, 0.0)} == {1.0: 30, 10.0: 1}
+
+
+def test_caffes_names_with_other_shapes(tmp_path):
+    torch.save({"conv1_1.weight": torch.zeros(3)}, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match="odd.pth: named as Caffe's VGG-16"):
+        BoxClassifier(3, backbone="vgg16", weights=str(tmp_path / "odd.pth"))
 
 
 def test_vgg16_imagenet_features(hub):

@@ -1,0 +1,68 @@
+"""The settings of make_labels.py against each other, on one trained classifier: mIoU of Ycrf and Yret.
+
+    python benchmarks/labels.py [CONFIG.yaml] [key=value ...]
+
+Reads runs/NAME/cls.pt; takes up to 150 images, evenly spaced, of data.train's and data.val's lists, or of
+make_labels.splits. The network runs once an image; each row differs from the settings in what it names.
+"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets  # noqa: E402
+import engine  # noqa: E402
+import make_labels  # noqa: E402
+import models  # noqa: E402
+from crf import dense_crf  # noqa: E402
+
+IMAGES = 150
+ROWS = {
+    "as set": {}, "threshold 0": dict(threshold=0.0), "threshold 0.5": dict(threshold=0.5),
+    "threshold 0.9": dict(threshold=0.9), "cam_norm class": dict(cam_norm="class"), "softmax off": dict(softmax=False),
+    "softmax off, threshold 0": dict(softmax=False, threshold=0.0), "u0 off": dict(u0=False),
+    "the equations: class, softmax off, threshold 0": dict(cam_norm="class", softmax=False, threshold=0.0),
+}
+
+
+def main(config):
+    network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
+    network = engine.load_network(config, "cls.pt", network, config.train_cls)
+    names, truth = ["background", *config.data.classes], engine.true_masks(config)
+    for split in config.make_labels.splits or (config.data.train, config.data.val):
+        data = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth])
+        chosen = Subset(data, engine.spread(range(len(data)), IMAGES))
+        matrices = {(row, kind): np.zeros((len(names), len(names) + 1), np.int64)
+                    for row in ROWS for kind in ("Ycrf", "Yret")}
+
+        def tasks(chosen=chosen, split=split):
+            for sample in tqdm(DataLoader(chosen, batch_size=None), split, dynamic_ncols=True):
+                with torch.inference_mode(), engine.autocast(config):
+                    features = network.features(sample["image"].as_subclass(torch.Tensor)[None].to(config.device))
+                once = SimpleNamespace(features=lambda _, features=features: features, classifier=network.classifier)
+                for row, changes in ROWS.items():
+                    variant = SimpleNamespace(**{**vars(config), "make_labels": replace(config.make_labels, **changes)})
+                    prepared, crf = make_labels.prepare(variant, once, sample)
+                    yield (row, prepared, sample["masks"][0].numpy()), crf
+
+        for (row, prepared, mask), marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
+            for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(network, prepared, marginals)):
+                matrices[row, kind] += engine.confusion(mask, y, len(names))
+        print(f"\n| {split}, {len(chosen)} images | Ycrf | Yret |\n|---|---|---|")
+        for row in ROWS:
+            cells = []
+            for kind in ("Ycrf", "Yret"):
+                r = engine.scores(matrices[row, kind], names, config)
+                cells.append(f"{r['miou']:.1f}" + (f" / {r['miou_over']:.1f}" if "miou_over" in r else ""))
+            print(f"| {row} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    engine.run("make_labels", main)

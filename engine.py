@@ -242,7 +242,9 @@ def run(script, main):
             raise
     else:
         return
-    print(f"{script}.py: {line}", file=sys.stderr)
+    print(f"{script}.py: {line}", file=sys.stderr, flush=True)
+    if status == 1:  # at the interpreter's own end, too, a broken pool may wait forever
+        os._exit(status)
     sys.exit(status)
 
 
@@ -374,16 +376,17 @@ def overlap(workers, function, tasks):
         yield from ((kept, function(*arguments)) for kept, arguments in tasks)
         return
     # spawn: a fork would copy this process's threads' locks, and its GPU. Ctrl-C is this process's to answer.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
-                             (signal.SIGINT, signal.SIG_IGN)) as pool:
-        waiting = deque()
-        for kept, arguments in tasks:
-            waiting.append((kept, pool.submit(function, *arguments)))
-            if len(waiting) > 2 * workers:
-                kept, future = waiting.popleft()
-                yield kept, future.result()
-        for kept, future in waiting:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
+                               (signal.SIGINT, signal.SIG_IGN))
+    waiting = deque()
+    for kept, arguments in tasks:
+        waiting.append((kept, pool.submit(function, *arguments)))
+        if len(waiting) > 2 * workers:
+            kept, future = waiting.popleft()
             yield kept, future.result()
+    for kept, future in waiting:
+        yield kept, future.result()
+    pool.shutdown()  # only here: after a worker's death it may wait forever
 
 
 # ---------------------------------------------------------------- scores

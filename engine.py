@@ -513,8 +513,9 @@ def train(config, script, settings, network, dataset, losses, **inputs):
     weights = datasets.balance_weights(dataset) if settings.balance else None
     stream = datasets.Stream(dataset, settings.iterations * settings.batch, config.run.seed, weights)
     left = Subset(stream, range(state["iteration"] * settings.batch, len(stream)))
+    # A generator of its own: the loader draws from it on its start, which must not shift the dropout of a resumed run.
     loader = DataLoader(left, settings.batch, num_workers=config.run.workers, collate_fn=datasets.collate,
-                        pin_memory=config.device.type == "cuda")
+                        pin_memory=config.device.type == "cuda", generator=torch.Generator())
     bar = tqdm(loader, script, initial=state["iteration"], total=settings.iterations, dynamic_ncols=True)
     unread = []  # ids and losses of iterations whose numbers have not left the device
     for iteration, batch in enumerate(bar, state["iteration"] + 1):

@@ -10,7 +10,9 @@ demo: .venv/installed
 	$(PY) eval.py
 
 test: .venv/installed-dev
-	$(PY) -m pytest tests
+	$(PY) -m ruff check .
+	$(PY) -m mypy *.py
+	$(PY) -m pytest tests -n auto --dist loadfile
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -158,7 +158,7 @@ def configure(script, arguments):
             value = text if get_type_hints(sections[section]).get(name) is str else value
             put(section, name, value, "command line")
     if not re.fullmatch(r"[\w-][\w.-]{0,99}", config["run"].name):
-        raise UsageError(f"run.name is {reprlib.repr(config['run'].name)}, not a folder's name of letters, digits, . _ and -")
+        raise UsageError(f"run.name is {reprlib.repr(config['run'].name)}, not a name of letters, digits, . _ and -")
     config = SimpleNamespace(**config, path=Path("runs") / config["run"].name)
     check_values(config)
     config.device = find_device(config.run.device)

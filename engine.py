@@ -312,7 +312,8 @@ def claim(config, folder, settings, source):
     stays, what another checkpoint made goes, what other settings made is refused, or goes with run.overwrite.
     """
     stamp, now = folder / "made_with.json", {"settings": settings, source.name: digest(source)}
-    before = read_json(stamp)
+    before, trash = read_json(stamp), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(trash, ignore_errors=True)
     if before == now:
         return
     if not config.run.overwrite:
@@ -321,8 +322,6 @@ def claim(config, folder, settings, source):
         elif folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
             raise UsageError(f"{folder} holds files but no {stamp.name}: remove it, or set overwrite=true")
     if folder.is_dir():  # renamed first: a kill while files go must not leave some that look finished
-        trash = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(trash, ignore_errors=True)
         folder.rename(trash)
         shutil.rmtree(trash)
     write_json(stamp, now)

@@ -2,7 +2,7 @@
 
     python benchmarks/labels.py [CONFIG.yaml] [key=value ...]
 
-Reads runs/NAME/cls.pt; takes up to 150 images, evenly spaced, of data.train's and data.val's lists, or of
+Reads runs/NAME/cls.pt; takes up to 100 images, evenly spaced, of data.train's and data.val's lists, or of
 make_labels.splits. The network runs once an image; each row differs from the settings in what it names.
 """
 import sys
@@ -23,11 +23,12 @@ import make_labels  # noqa: E402
 import models  # noqa: E402
 from crf import dense_crf  # noqa: E402
 
-IMAGES = 150
+IMAGES = 100
 ROWS = {
     "as set": {}, "threshold 0": dict(threshold=0.0), "threshold 0.5": dict(threshold=0.5),
-    "threshold 0.9": dict(threshold=0.9), "cam_norm class": dict(cam_norm="class"), "softmax off": dict(softmax=False),
-    "softmax off, threshold 0": dict(softmax=False, threshold=0.0), "u0 off": dict(u0=False),
+    "threshold 0.8": dict(threshold=0.8), "threshold 0.9": dict(threshold=0.9), "threshold 0.95": dict(threshold=0.95),
+    "u0 off": dict(u0=False), "u0 off, threshold 0.9": dict(u0=False, threshold=0.9),
+    "cam_norm class": dict(cam_norm="class"), "softmax off": dict(softmax=False),
     "the equations: class, softmax off, threshold 0": dict(cam_norm="class", softmax=False, threshold=0.0),
 }
 

@@ -2,9 +2,15 @@
 
     python eval.py [CONFIG.yaml] [key=value ...]
     python eval.py labels=FOLDER split=LIST
+    python eval.py 'images=photos/*.jpg'
+    python eval.py split=test submit=results.tgz
 
-Reads data.root and runs/NAME/seg.pt; writes runs/NAME/eval.json, predictions/ID.png and panels.png.
+Reads data.root and runs/NAME/seg.pt; writes runs/NAME/eval.json, predictions/METHOD/ID.png and panels.png; of images,
+pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archive that VOC's evaluation server takes.
 """
+import glob
+import io
+import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +32,8 @@ class Settings:
     """Section `eval` of the YAML file. The paper's headline: scales [0.5, 0.75, 1, 1.5], flip and crf."""
     split: str = ""  # list to score; none: data.val
     labels: str = ""  # score this folder's ID.png instead of the segmenter's predictions
+    images: str = ""  # segment these pictures instead of a list's: a path, with * for many
+    submit: str = ""  # instead of scores, an archive for VOC's evaluation server: a file.tgz
     scales: list[float] = field(default_factory=lambda: [1.0])
     flip: bool = False  # each scale also mirrored
     crf: bool = False
@@ -44,8 +52,26 @@ def method(s):
 
 
 def prediction_folder(config):
-    """runs/NAME/predictions/METHOD."""
-    return config.path / "predictions" / method(config.eval).replace(" + ", "_").replace(" ", "_")
+    """runs/NAME/predictions/METHOD, or pictures/METHOD."""
+    kind = "pictures" if config.eval.images else "predictions"
+    return config.path / kind / method(config.eval).replace(" + ", "_").replace(" ", "_")
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Any image files: samples of id, the file's name without its ending, and image (3, H, W) uint8."""
+
+    def __init__(self, pattern):
+        self.paths = {Path(path).stem: path for path in sorted(glob.glob(pattern))}
+        self.ids = list(self.paths)
+        if len(self.ids) != len(glob.glob(pattern)) or not self.ids:
+            raise engine.UsageError(f"eval.images: {pattern}: no such files, or two of one name")
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        image = datasets.read_image(self.paths[self.ids[index]])
+        return {"id": self.ids[index], "image": torch.from_numpy(image.transpose(2, 0, 1).copy())}
 
 
 @torch.inference_mode()
@@ -110,6 +136,25 @@ def outlined(image, boxes, labels):
     for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=tuple(datasets.palette()[label].tolist()), width=2)
     return picture
+
+
+def write_overlays(config, pictures, folder):
+    """NAME_overlay.png: the picture, with the labels' colours over the objects."""
+    for name, path in pictures.paths.items():
+        image, labels = datasets.read_image(path), datasets.read_mask(folder / f"{name}.png", datasets.VOID)
+        mixed = np.where(labels[..., None] > 0, image // 2 + datasets.palette()[labels] // 2, image)
+        datasets.write(folder / f"{name}_overlay.png", datasets.png(Image.fromarray(mixed)))
+    print(f"{folder}: labels and overlays of {len(pictures)} pictures")
+
+
+def write_submission(config, ids, folder):
+    """The predictions where VOC's server looks for them: results/VOC2012/Segmentation/comp6_test_cls/ID.png."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name in ids:
+            archive.add(folder / f"{name}.png", f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png")
+    datasets.write(config.eval.submit, buffer.getvalue())
+    print(f"{config.eval.submit}: predictions of {len(ids)} images, {method(config.eval)}")
 
 
 def panel(config, name):
@@ -178,7 +223,7 @@ def summary(config, split, results):
 
 def main(config):
     s = config.eval
-    split, truth = s.split or config.data.val, engine.true_masks(config)
+    split, truth = s.split or config.data.val, None if s.submit else engine.true_masks(config)
     if s.labels:
         if not truth:
             raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
@@ -187,13 +232,18 @@ def main(config):
         return
     network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
     network = engine.load_network(config, "seg.pt", network, config.train_seg)
-    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=False,
-                                  masks=[truth] if truth else ())
+    dataset = Pictures(s.images) if s.images else datasets.VOCDataset(
+        config.data.root, split, config.data.classes, boxes=False, masks=[truth] if truth else ())
     folder = prediction_folder(config)
-    without = {"split", "labels", "panels", "photos"} | {k for k in asdict(s) if k.startswith("crf_") and not s.crf}
+    without = {"split", "labels", "images", "submit", "panels", "photos"}
+    without |= {key for key in asdict(s) if key.startswith("crf_") and not s.crf}
     settings = engine.made_with(config, "eval", "train_seg.temperature", without=without)
     engine.claim(config, folder, settings, config.path / "seg.pt")
     predict_split(config, network, dataset, folder)
+    if s.images:
+        return write_overlays(config, dataset, folder)
+    if s.submit:
+        return write_submission(config, dataset.ids, folder)
     if truth:
         path = config.path / "eval.json"
         results = engine.read_json(path)

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,38 @@ def test_a_folder_of_labels_is_scored(work):
     done = command("eval", "labels=runs/shapes/labels/Ycrf", "split=train", cwd=work)
     miou = json.loads((work / "runs/shapes/labels/scores.json").read_text())["train"]["Ycrf"]["miou"]
     assert f"mean            {miou:8.1f}" in done.stdout
+
+
+def test_any_pictures(work):
+    source = Image.open(next((work / "data/shapes/JPEGImages").iterdir()))
+    (work / "photos").mkdir()
+    source.save(work / "photos/grey one.png")
+    source.convert("L").resize((90, 60)).save(work / "photos/b.jpg")
+    done = command("eval", "images=photos/*", "flip=true", cwd=work)
+    assert done.returncode == 0, done.stderr
+    folder = work / "runs/shapes/pictures/flip"
+    for name, size in (("grey one", source.size), ("b", (90, 60))):
+        labels, overlay = Image.open(folder / f"{name}.png"), Image.open(folder / f"{name}_overlay.png")
+        assert labels.mode == "P" and overlay.mode == "RGB" and labels.size == overlay.size == size
+        same = np.array(labels) == 0
+        original = np.array(Image.open(next((work / "photos").glob(f"{name}*"))).convert("RGB"))
+        assert (np.array(overlay)[same] == original[same]).all()
+    done = command("eval", "images=nothing/*", cwd=work)
+    assert done.returncode == 2 and "no such files" in done.stderr
+
+
+def test_an_archive_for_the_server(work):
+    """Of a list without true masks."""
+    root = work / "data/shapes"
+    names = datasets.read_list(root, "val")[:2]
+    shutil.copy(root / f"JPEGImages/{names[0]}.jpg", root / "JPEGImages/unknown.jpg")
+    (root / "ImageSets/Segmentation/test.txt").write_text("unknown\n")
+    done = command("eval", "split=test", "submit=out.tgz", cwd=work)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(work / "out.tgz") as archive:
+        assert archive.getnames() == ["results/VOC2012/Segmentation/comp6_test_cls/unknown.png"]
+        content = archive.extractfile(archive.getnames()[0]).read()
+    assert content == (work / f"runs/shapes/predictions/plain/{names[0]}.png").read_bytes()
 
 
 def test_same_seed_same_weights(work, tmp_path):

@@ -279,7 +279,7 @@ def input_pipeline():
         for n, name in enumerate(names):
             image = Image.fromarray(photograph(seed=n).transpose(1, 2, 0))
             image.save(Path(root, f"JPEGImages/{name}.jpg"), quality=90)
-            datasets.write_mask(Path(root, f"Y/{name}.png"), labels_of((1, *SIZE), 21)[0][0].cpu().numpy())
+            datasets.write_mask(Path(root, f"Y/{name}.png"), labels_of((1, *SIZE), 2)[0][0].cpu().numpy())
             Path(root, f"Annotations/{name}.xml").write_text(
                 "<a><size><width>500</width><height>375</height></size><object><name>a</name><bndbox><xmin>50</xmin>"
                 "<ymin>60</ymin><xmax>300</xmax><ymax>300</ymax></bndbox></object></a>")

@@ -40,7 +40,7 @@ class Settings:
     crf_bilateral: list[float] = field(default_factory=lambda: [4.0, 121.0, 5.0])  # weight, pixels, colour
     crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
     crf_iterations: int = 10
-    crf_margin: float = 5.0  # a label whose log probability nowhere comes this near the highest is left out of the CRF
+    crf_margin: float = 3.0  # a label whose log probability nowhere comes this near the highest is left out of the CRF
     panels: int = 8  # rows of panels.png
     photos: bool = True  # false: panels.png without the images, where they may not be shown
 
@@ -120,7 +120,7 @@ def predict_split(config, network, dataset, folder):
                 logarithms = (config.train_seg.temperature * cosine.float()).log_softmax(0)
                 yield sample["id"], (image.permute(1, 2, 0).numpy(), logarithms.cpu().numpy(), *arguments)
             else:
-                datasets.write_mask(folder / f"{sample['id']}.png", cosine.argmax(0).byte().cpu().numpy())
+                datasets.write_mask(folder / f"{sample['id']}.png", cosine.max(0).indices.byte().cpu().numpy())
 
     for name, labels in engine.overlap(config.run.workers, sharpen, tasks()):
         datasets.write_mask(folder / f"{name}.png", labels)

@@ -177,14 +177,15 @@ class Upsampled:
     """
 
     def __init__(self, features, size, canvas=None):
-        self.features, self.norms = features, None
+        # (h, w, C): of a channels_last map, as a network on the fast path gives it, this is no copy.
+        self.features, self.norms = features.permute(1, 2, 0).contiguous(), None
         rows, columns = canvas or size
         self.rows = interpolation(rows, features.shape[1], features)[:size[0]]        # (H, h)
         self.columns = interpolation(columns, features.shape[2], features)[:size[1]]  # (W, w)
 
     def dot(self, vectors):
         """Dot product of every pixel's feature with vectors (K, C) -> (K, H, W)."""
-        maps = (vectors @ self.features.flatten(1)).view(-1, *self.features.shape[1:])
+        maps = (vectors @ self.features.flatten(0, 1).T).view(-1, *self.features.shape[:2])
         return self.rows @ maps @ self.columns.T
 
     def norm(self):
@@ -197,10 +198,10 @@ class Upsampled:
             return self.norms
         f, y, x = self.features, self.rows, self.columns
         y_pair, x_pair = 2 * y[:, :-1] * y[:, 1:], 2 * x[:, :-1] * x[:, 1:]
-        itself = (f * f).sum(0)
-        right = (f[:, :, :-1] * f[:, :, 1:]).sum(0)
-        down = (f[:, :-1] * f[:, 1:]).sum(0)
-        diagonals = (f[:, :-1, :-1] * f[:, 1:, 1:] + f[:, :-1, 1:] * f[:, 1:, :-1]).sum(0) / 2
+        itself = (f * f).sum(2)
+        right = (f[:, :-1] * f[:, 1:]).sum(2)
+        down = (f[:-1] * f[1:]).sum(2)
+        diagonals = (f[:-1, :-1] * f[1:, 1:] + f[:-1, 1:] * f[1:, :-1]).sum(2) / 2
         squared = (y * y) @ itself @ (x * x).T + (y * y) @ right @ x_pair.T
         squared = squared + y_pair @ down @ (x * x).T + y_pair @ diagonals @ x_pair.T
         self.norms = squared.clamp(min=0).sqrt()
@@ -214,7 +215,7 @@ class Upsampled:
         """Mean feature over masks (K, H, W) of 0 and 1 -> (K, C); the zero vector for an empty mask."""
         masks = masks.to(self.features.dtype)
         weights = (self.rows.T @ masks @ self.columns).flatten(1)  # (K, hw): upsampling, transposed
-        return weights @ self.features.flatten(1).T / masks.sum((1, 2))[:, None].clamp(min=1)
+        return weights @ self.features.flatten(0, 1) / masks.sum((1, 2))[:, None].clamp(min=1)
 
 
 def padded_size(size):

@@ -6,6 +6,7 @@ Each row times its columns in turn, several rounds in one run, and takes medians
 floor of training, of labelling and of plain evaluation is the network alone, at the same precision and layout.
 Writes docs/speed.png: cost against image size, boxes and classes (needs matplotlib).
 """
+import ctypes
 import multiprocessing
 import os
 import statistics
@@ -70,6 +71,7 @@ def peak(function):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(resident_peak, (function,))
     run = MEMORY[function]()
+    run()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -78,6 +80,8 @@ def peak(function):
 
 def resident_peak(function):
     run = MEMORY[function]()
+    run()  # libraries and buffers that stay are there after the first time
+    ctypes.CDLL(None).malloc_trim(0)
     status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) / 1e3  # noqa: E731
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
     before = status("VmRSS:")
@@ -149,9 +153,9 @@ def bap_case(batch=20, boxes=50, form=None):
     per_image = [random_boxes(boxes // batch + (i < boxes % batch), (CROP, CROP), i) for i in range(batch)]
 
     def run():
-        features.grad = None
         foreground, queries = form(features, per_image, (CROP, CROP))[:2]
         (foreground.sum() + queries.sum()).backward()
+        features.grad = None
     return run
 
 
@@ -161,8 +165,8 @@ def nal_case(form=losses.noise_aware_loss, labels=1 + CLASSES, batch=None):
     y_crf, y_ret = labels_of(shape, labels)
 
     def run():
-        cosine.grad = None
         form(cosine, y_crf, y_ret).backward()
+        cosine.grad = None
     return run
 
 
@@ -221,7 +225,7 @@ def evaluation_parts(folder=Path(".")):
     one = views[2][:1]
 
     def plain():
-        labels = evaluation.predict(network, image.to(DEVICE), [1.0], False).argmax(0).byte().cpu().numpy()
+        labels = evaluation.predict(network, image.to(DEVICE), [1.0], False).max(0).indices.byte().cpu().numpy()
         datasets.write_mask(folder / "x.png", labels)
         engine.confusion(datasets.read_mask(folder / "truth.png", 21), datasets.read_mask(folder / "x.png", 21), 21)
 
@@ -298,7 +302,8 @@ def input_pipeline():
 
 def labelling(folder):
     title("labels of one 375 x 500 image, VGG-16", "s", "share of the network's forward", "MB")
-    whole, forward, crf, upsampled_first = clock(*label_parts(folder=folder))
+    *parts, naive_form = label_parts(folder=folder)
+    (whole, forward, crf), (upsampled_first,) = clock(*parts), clock(naive_form, rounds=1)
     row("network forward", forward, 1.0, peak("labels floor"))
     row("network, label maps, files", whole, whole / forward, peak("labels"))
     row("of it besides the network", whole - forward, (whole - forward) / forward, "")
@@ -331,13 +336,13 @@ def scaling():
         times = [clock(bap_case(2, count, form), rounds=3)[0] for count in counts]
         left.plot(counts, times, "o-", label=name)
     left.set(xlabel="boxes in two crops", ylabel="s", title="BAP, forward and backward", xscale="log", yscale="log")
-    sides = [128, 256, 384, 512, 768]
+    sides = [128, 192, 256, 384, 512]
     for name, index in (("this", 0), ("upsampled first", 3)):
         times = []
         for side in sides:
             with tempfile.TemporaryDirectory() as folder:
                 parts = label_parts((side, side), Path(folder))
-                part, forward = clock(parts[index], parts[1], rounds=3)
+                part, forward = clock(parts[index], parts[1], rounds=1 if index else 4)
                 times.append(max(part - forward, 1e-4))
         middle.plot([side ** 2 / 1e6 for side in sides], times, "o-", label=name)
     middle.set(xlabel="megapixels", title="labels besides network and CRF", xscale="log", yscale="log")

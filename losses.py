@@ -12,36 +12,35 @@ import torch.nn.functional as F
 
 
 class Pixels(torch.autograd.Function):
-    """What the losses read of each pixel: (cosine, label, temperature) -> -log H_label, cosine_label and
-    max_c cosine_c, each (N, H, W).
+    """What the losses read of each pixel: (cosine, labels, temperature, ignore_index) -> -log H_label, cosine_label
+    and max_c cosine_c, each (N, H, W). An ignored label is read as 0: every use of it gives it no weight.
 
     Forward and backward each make one array of cosine's size, and none is kept between them: of the softmax, its
     sum at each pixel is enough. Autograd's own chain of these would keep one and make four.
     """
 
     @staticmethod
-    def forward(ctx, cosine, labels, temperature):
+    def forward(ctx, cosine, labels, temperature, ignore_index):
         highest, where = cosine.max(1)
-        total = ((cosine - highest[:, None]).mul_(temperature)).exp_().sum(1)
-        given = cosine.gather(1, labels[:, None])[:, 0]
-        ctx.save_for_backward(cosine, labels, where, highest, total)
-        ctx.temperature = temperature
-        return total.log() - temperature * (given - highest), given, highest
+        total = (cosine - highest[:, None]).mul_(temperature).exp_().sum(1)
+        log_sum = total.log_().add_(highest, alpha=temperature)
+        given = cosine.gather(1, torch.where(labels == ignore_index, 0, labels)[:, None])[:, 0]
+        small = torch.uint8 if cosine.shape[1] <= 256 else torch.int64
+        ctx.save_for_backward(cosine, labels, where.to(small), log_sum)
+        ctx.temperature, ctx.ignore_index = temperature, ignore_index
+        return log_sum - temperature * given, given, highest
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_loss, of_given, of_highest):
-        cosine, labels, where, highest, total = ctx.saved_tensors
+        cosine, labels, where, log_sum = ctx.saved_tensors
         of_loss = ctx.temperature * of_loss  # d(-log H_label) / d cosine_c = temperature (H_c - [c = label])
-        gradient = (cosine - highest[:, None]).mul_(ctx.temperature).exp_().mul_((of_loss / total)[:, None])
+        gradient = (ctx.temperature * cosine).sub_(log_sum[:, None]).exp_().mul_(of_loss[:, None])
+        labels = torch.where(labels == ctx.ignore_index, 0, labels)
         gradient.scatter_add_(1, labels[:, None], (of_given - of_loss)[:, None])
-        gradient.scatter_add_(1, where[:, None], of_highest[:, None])
-        return gradient, None, None
-
-
-def pixels(cosine, labels, temperature, ignore_index):
-    """Pixels of the labels, that of an ignored one read as 0: every use of it gives it no weight."""
-    return Pixels.apply(cosine, torch.where(labels == ignore_index, 0, labels), temperature)
+        del labels
+        gradient.scatter_add_(1, where.long()[:, None], of_highest[:, None])
+        return gradient, None, None, None
 
 
 def agreement(y_crf, y_ret, ignore_index):
@@ -66,7 +65,7 @@ def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20
     The gradient flows through sigma, too.
     """
     same, differ = agreement(y_crf, y_ret, ignore_index)
-    ce, given, highest = pixels(cosine, y_crf, temperature, ignore_index)
+    ce, given, highest = Pixels.apply(cosine, y_crf, temperature, ignore_index)
     # Clamped: rounding takes a cosine of -1 below it, and a power of a negative number is NaN.
     ratio = (1 + given).clamp(min=0) / (1 + highest).clamp(min=1e-6)
     sigma = torch.where(differ, ratio, 0) ** gamma * differ
@@ -75,14 +74,14 @@ def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20
 
 def cross_entropy(cosine, labels, temperature=20.0, ignore_index=255):
     """- mean over the pixels that have a label of log H_label(p)."""
-    ce, _, _ = pixels(cosine, labels, temperature, ignore_index)
+    ce, _, _ = Pixels.apply(cosine, labels, temperature, ignore_index)
     return weighted_mean(ce, labels != ignore_index)
 
 
 def agreement_loss(cosine, y_crf, y_ret, temperature=20.0, ignore_index=255):
     """L_ce alone: ~S is left out."""
     same, _ = agreement(y_crf, y_ret, ignore_index)
-    ce, _, _ = pixels(cosine, y_crf, temperature, ignore_index)
+    ce, _, _ = Pixels.apply(cosine, y_crf, temperature, ignore_index)
     return weighted_mean(ce, same)
 
 
@@ -99,6 +98,6 @@ def bootstrap_loss(cosine, y_crf, y_ret, weight=0.1, beta=0.8, temperature=20.0,
     which mixes the label with the network's own answer (Reed et al., 2015).
     """
     same, differ = agreement(y_crf, y_ret, ignore_index)
-    ce, given, highest = pixels(cosine, y_crf, temperature, ignore_index)
+    ce, given, highest = Pixels.apply(cosine, y_crf, temperature, ignore_index)
     own = ce - temperature * (highest - given)  # - log max_c H_c
     return weighted_mean(ce, same) + weight * weighted_mean(beta * ce + (1 - beta) * own, differ)

@@ -215,7 +215,8 @@ def _number(path, element, name):
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{path}: <{name.replace('/', '><')}> is {reprlib.repr(text.strip())}, no number; correct it")
+        tag, text = name.replace("/", "><"), reprlib.repr(text.strip())
+        raise DataError(f"{path}: <{tag}> is {text}, not a number; correct it")
     return number
 
 

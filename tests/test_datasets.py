@@ -166,7 +166,7 @@ def box(*sides, name="dog", size=(40, 60)):
 LIST, IMAGE, XML, MASK = "ImageSets/Segmentation/train.txt", "JPEGImages/a.jpg", "Annotations/a.xml", \
     "SegmentationClassAug/a.png"
 FAULTS = {  # what is done to the folder, words the message must have
-    "no list": (remove(LIST), "train.txt", "FileNotFoundError"),
+    "no list": (remove(LIST), "train.txt", "no such list"),
     "empty list": (text(LIST, "\n \n"), "train.txt", "empty"),
     "binary list": (text(LIST, b"\xff\xd8\xff\x00"), "train.txt", "UnicodeDecodeError"),
     "folder in an id": (text(LIST, "a\nx/a\n"), "train.txt", "'x/a'"),

@@ -1,6 +1,7 @@
 """Time and peak memory of every part, next to its floor and to the naive form in naive.py, on the machine at hand.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py            everything
+    python benchmarks/speed.py plot       docs/speed.png alone
 
 Each row times its columns in turn, several rounds in one run, and takes medians: the ratios are the figures. The
 floor of training, of labelling and of plain evaluation is the network alone, at the same precision and layout.
@@ -15,6 +16,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -217,6 +219,26 @@ def label_parts(size=SIZE, folder=Path(".")):
     return whole, forward, lambda: dense_crf(*crf), upsampled_first
 
 
+def label_maps(side):
+    """-> (the label maps of a square image from given features, the naive form of them)."""
+    size, config = (side, side), settings()
+    image, (h, w) = sample(size), (1 + s // 8 for s in models.padded_size(size))
+    features = torch.rand(1, 1024, h, w, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    network = SimpleNamespace(features=lambda _: features, classifier=torch.nn.Linear(1024, 21, bias=False).to(DEVICE))
+    outside = image["background"][0].to(DEVICE).float()
+    marginals = np.random.default_rng(0).random((3, *size), np.float32)
+    y_crf = torch.from_numpy(marginals.argmax(0)).to(DEVICE)
+
+    def ours():
+        make_labels.finish(network, make_labels.prepare(config, network, image)[0], marginals.copy())
+
+    @torch.inference_mode()
+    def upsampled_first():
+        naive.label_maps(features[0], network.classifier.weight, size, outside, [1, 2], y_crf)
+
+    return ours, upsampled_first
+
+
 def evaluation_parts(folder=Path(".")):
     """-> (plain evaluation of one image, the network alone, the eight views, their networks alone)."""
     network = models.DeepLab(1 + CLASSES).eval().to(DEVICE, memory_format=torch.channels_last)
@@ -340,15 +362,10 @@ def scaling():
         left.plot(counts, times, "o-", label=name)
     left.set(xlabel="boxes in two crops", ylabel="s", title="BAP, forward and backward", xscale="log", yscale="log")
     sides = [128, 192, 256, 384, 512]
-    for name, index in (("this", 0), ("upsampled first", 3)):
-        times = []
-        for side in sides:
-            with tempfile.TemporaryDirectory() as folder:
-                parts = label_parts((side, side), Path(folder))
-                part, forward = clock(parts[index], parts[1], rounds=1 if index else 4)
-                times.append(max(part - forward, 1e-4))
-        middle.plot([side ** 2 / 1e6 for side in sides], times, "o-", label=name)
-    middle.set(xlabel="megapixels", title="labels besides network and CRF", xscale="log", yscale="log")
+    for name, index, rounds in (("this", 0, 5), ("upsampled first", 1, 1)):
+        times = [clock(label_maps(side)[index], rounds=rounds)[0] for side in sides]
+        middle.plot(sides, times, "o-", label=name)
+    middle.set(xlabel="side of the image, pixels", title="labels besides network and CRF", yscale="log")
     classes = [2, 5, 20, 50, 100, 200]
     for name, form in (("this", losses.noise_aware_loss), ("gathered pixels", naive.noise_aware_loss)):
         times = [clock(nal_case(form, count, 2), rounds=3)[0] for count in classes]
@@ -372,6 +389,8 @@ def machine():
 
 def main():
     print(f"{machine()}; torch {torch.__version__}")
+    if sys.argv[1:] == ["plot"]:
+        return scaling()
     rates = training()
     pooling_and_loss()
     input_pipeline()

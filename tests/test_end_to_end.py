@@ -293,7 +293,8 @@ def test_semi_supervised(spoilt, capsys, monkeypatch):
     engine.run("train_seg", train_seg.main)
     other = torch.load("runs/shapes/seg.pt", weights_only=True)["model"]
     assert not all(torch.equal(weights[k], other[k]) for k in weights)
-    assert "data.masks" in refused("train_seg", capsys, monkeypatch)  # refused: seg.pt knew masks, this would not
+    line = refused("train_seg", capsys, monkeypatch, "data.masks=train")
+    assert "data.masks 'known' -> 'train'" in line
 
 
 @pytest.mark.parametrize("argument", ["pooling=gap", "grid=2", "bins=1", "balance=true", "run.precision=bf16"])

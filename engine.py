@@ -12,6 +12,7 @@ import reprlib
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -243,7 +244,7 @@ def run(script, main):
     else:
         return
     print(f"{script}.py: {line}", file=sys.stderr, flush=True)
-    if status == 1:  # at the interpreter's own end, too, a broken pool may wait forever
+    if status != 2:  # at the interpreter's own end a pool that broke, or was interrupted, may wait forever
         os._exit(status)
     sys.exit(status)
 
@@ -365,6 +366,15 @@ def autocast(config):
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.run.precision == "bf16")
 
 
+def start_worker():
+    """In a worker process: a parent that is killed takes its workers along."""
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def overlap(workers, function, tasks):
     """Run `function` in worker processes while `tasks` goes on.
 
@@ -374,12 +384,14 @@ def overlap(workers, function, tasks):
     if not workers:
         yield from ((kept, function(*arguments)) for kept, arguments in tasks)
         return
-    # spawn: a fork would copy this process's threads' locks, and its GPU. Ctrl-C is this process's to answer.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
-                               (signal.SIGINT, signal.SIG_IGN))
+    # spawn: a fork would copy this process's threads' locks, and its GPU.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     waiting = deque()
     for kept, arguments in tasks:
+        # Ctrl-C is this process's to answer: a worker that starts in here is born with it blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         waiting.append((kept, pool.submit(function, *arguments)))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         if len(waiting) > 2 * workers:
             kept, future = waiting.popleft()
             yield kept, future.result()

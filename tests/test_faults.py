@@ -131,6 +131,20 @@ def test_a_crf_worker_that_dies(folder):
     assert process.returncode == 1 and "a worker process died" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("script, arguments", [
+    ("make_labels", ["make_labels.crf_iterations=200"]),
+    ("train_cls", ["train_cls.iterations=100000", "overwrite=true"])])
+def test_a_killed_stage_leaves_no_process_behind(folder, script, arguments):
+    process = begin(script, "run.workers=2", *arguments, cwd=folder)
+    wait_for(lambda: len(children(process)) >= 2)
+    time.sleep(4)  # they work by now
+    workers = children(process)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and "python" in Path(
+        f"/proc/{pid}/cmdline").read_text() for pid in workers), 30)
+
+
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), "out of memory"), (RuntimeError("CUDA out of memory. Tried"), "out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),

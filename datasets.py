@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 VOID = 255
 MOST_PIXELS = 50_000_000  # of one image: more is taken for a decompression bomb
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
                "tvmonitor")
@@ -104,7 +103,10 @@ def _open(path, read):
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such image file")
     try:
-        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the next line is stricter
+            image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP"))
+        with image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             return read(image)

@@ -61,9 +61,10 @@ class Pictures(torch.utils.data.Dataset):
     """Any image files: samples of id, the file's name without its ending, and image (3, H, W) uint8."""
 
     def __init__(self, pattern):
-        self.paths = {Path(path).stem: path for path in sorted(glob.glob(pattern))}
+        found = sorted(glob.glob(pattern))
+        self.paths = {Path(path).stem: path for path in found}
         self.ids = list(self.paths)
-        if len(self.ids) != len(glob.glob(pattern)) or not self.ids:
+        if len(self.ids) != len(found) or not found:
             raise engine.UsageError(f"eval.images: {pattern}: no such files, or two of one name")
 
     def __len__(self):

@@ -43,6 +43,12 @@ class Pixels(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def read_pixels(cosine, labels, temperature, ignore_index):
+    """Pixels in float32 at least: a sum of exponentials in half precision would lose the small ones."""
+    cosine = cosine.to(torch.promote_types(cosine.dtype, torch.float32))
+    return Pixels.apply(cosine, labels, temperature, ignore_index)
+
+
 def agreement(y_crf, y_ret, ignore_index):
     """The masks of S and ~S: (N, H, W) bool."""
     known = (y_crf != ignore_index) & (y_ret != ignore_index)
@@ -65,7 +71,7 @@ def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20
     The gradient flows through sigma, too.
     """
     same, differ = agreement(y_crf, y_ret, ignore_index)
-    ce, given, highest = Pixels.apply(cosine, y_crf, temperature, ignore_index)
+    ce, given, highest = read_pixels(cosine, y_crf, temperature, ignore_index)
     # Clamped: rounding takes a cosine of -1 below it, and a power of a negative number is NaN.
     ratio = (1 + given).clamp(min=0) / (1 + highest).clamp(min=1e-6)
     sigma = torch.where(differ, ratio, 0) ** gamma * differ
@@ -74,21 +80,21 @@ def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20
 
 def cross_entropy(cosine, labels, temperature=20.0, ignore_index=255):
     """- mean over the pixels that have a label of log H_label(p)."""
-    ce, _, _ = Pixels.apply(cosine, labels, temperature, ignore_index)
+    ce, _, _ = read_pixels(cosine, labels, temperature, ignore_index)
     return weighted_mean(ce, labels != ignore_index)
 
 
 def agreement_loss(cosine, y_crf, y_ret, temperature=20.0, ignore_index=255):
     """L_ce alone: ~S is left out."""
     same, _ = agreement(y_crf, y_ret, ignore_index)
-    ce, _, _ = Pixels.apply(cosine, y_crf, temperature, ignore_index)
+    ce, _, _ = read_pixels(cosine, y_crf, temperature, ignore_index)
     return weighted_mean(ce, same)
 
 
 def entropy_loss(cosine, y_crf, y_ret, weight=0.1, temperature=20.0, ignore_index=255):
     """L_ce + weight * mean over ~S of the entropy - sum_c H_c log H_c (Grandvalet and Bengio, 2004)."""
     _, differ = agreement(y_crf, y_ret, ignore_index)
-    log_h = F.log_softmax(temperature * cosine, 1)
+    log_h = F.log_softmax(temperature * cosine.to(torch.promote_types(cosine.dtype, torch.float32)), 1)
     entropy = -(log_h.exp() * log_h).sum(1)
     return agreement_loss(cosine, y_crf, y_ret, temperature, ignore_index) + weight * weighted_mean(entropy, differ)
 
@@ -98,6 +104,6 @@ def bootstrap_loss(cosine, y_crf, y_ret, weight=0.1, beta=0.8, temperature=20.0,
     which mixes the label with the network's own answer (Reed et al., 2015).
     """
     same, differ = agreement(y_crf, y_ret, ignore_index)
-    ce, given, highest = Pixels.apply(cosine, y_crf, temperature, ignore_index)
+    ce, given, highest = read_pixels(cosine, y_crf, temperature, ignore_index)
     own = ce - temperature * (highest - given)  # - log max_c H_c
     return weighted_mean(ce, same) + weight * weighted_mean(beta * ce + (1 - beta) * own, differ)

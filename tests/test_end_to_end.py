@@ -297,7 +297,8 @@ def test_semi_supervised(spoilt, capsys, monkeypatch):
     assert "data.masks 'known' -> 'train'" in line
 
 
-@pytest.mark.parametrize("argument", ["pooling=gap", "grid=2", "bins=1", "balance=true", "run.precision=bf16"])
+@pytest.mark.parametrize("argument", ["pooling=gap", "grid=2", "bins=1", "balance=true", "run.precision=bf16",
+                                      "run.compile=true", "run.deterministic=true"])
 def test_every_setting_of_stage_1_trains(spoilt, monkeypatch, argument):
     import train_cls
     monkeypatch.setattr(sys, "argv", ["train_cls.py", *SMALL, argument, "overwrite=true"])

@@ -68,6 +68,17 @@ def test_ignore_index(name):
         same(name, *random_case(seed=2, ignore_index=index), ignore_index=index)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_half_precision_is_only_the_input(name, dtype):
+    """Of cosines in half precision, the loss is that of the same numbers in double; 200 labels make long sums."""
+    cosine, y_crf, y_ret = random_case(L=200, seed=3)
+    half = cosine.detach().to(dtype)
+    loss = getattr(losses, name)(half, y_crf, y_ret)
+    expected = getattr(reference, name)(half.double(), y_crf, y_ret)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_gamma_0_weighs_every_pixel_alike():
     cosine, y_crf, y_ret = random_case(void=0)
     plain = [losses.cross_entropy(cosine, torch.where((y_crf == y_ret) == agree, y_crf, VOID))

@@ -237,7 +237,7 @@ def run(script, main):
         line, status = str(error).strip().splitlines()[-1].split("Error: ", 1)[-1], 2
     except KeyboardInterrupt:
         line, status = f"stopped; {GO_ON}", 130
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
         line, status = machine_fault(error), 1
         if line is None:
             raise
@@ -254,7 +254,7 @@ def machine_fault(error):
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; what was written before is whole: {GO_ON}"
-    if isinstance(error, BrokenProcessPool) or "DataLoader worker" in text:
+    if isinstance(error, BrokenProcessPool | ConnectionError | EOFError) or "DataLoader worker" in text:
         return f"a worker process died, perhaps for want of memory; fewer run.workers need less: {GO_ON}"
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory; make the batch, the crop or run.workers smaller"
@@ -366,6 +366,18 @@ def autocast(config):
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.run.precision == "bf16")
 
 
+def read(config, dataset):
+    """The samples of a dataset, one by one, read in worker processes."""
+    return DataLoader(dataset, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_interrupts)
+
+
+def ignore_interrupts(worker=None):
+    """In a process that reads images: Ctrl-C is its parent's to answer. Stopped halfway, it could keep a lock that the
+    parent waits for.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def start_worker():
     """In a worker process: a parent that is killed takes its workers along."""
     def follow():
@@ -434,8 +446,7 @@ def score_folders(config, split, folders, whole_boxes=None):
     dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=whole_boxes is not None,
                                   masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
     matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in ["box", *folders]}
-    for sample in tqdm(DataLoader(dataset, batch_size=None, num_workers=config.run.workers), f"scores {split}",
-                       dynamic_ncols=True):
+    for sample in tqdm(read(config, dataset), f"scores {split}", dynamic_ncols=True):
         truth, *given = sample["masks"].numpy()
         for name, labels in zip(folders, given):
             matrices[name] += confusion(truth, labels, len(names))
@@ -526,7 +537,8 @@ def train(config, script, settings, network, dataset, losses, **inputs):
     left = Subset(stream, range(state["iteration"] * settings.batch, len(stream)))
     # A generator of its own: the loader draws from it on its start, which must not shift the dropout of a resumed run.
     loader = DataLoader(left, settings.batch, num_workers=config.run.workers, collate_fn=datasets.collate,
-                        pin_memory=config.device.type == "cuda", generator=torch.Generator())
+                        pin_memory=config.device.type == "cuda", worker_init_fn=ignore_interrupts,
+                        generator=torch.Generator())
     bar = tqdm(loader, script, initial=state["iteration"], total=settings.iterations, dynamic_ncols=True)
     unread = []  # ids and losses of iterations whose numbers have not left the device
     for iteration, batch in enumerate(bar, state["iteration"] + 1):

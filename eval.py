@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import datasets
@@ -108,7 +108,7 @@ def predict_split(config, network, dataset, folder):
     """Writes folder/ID.png, the predictions for those images that have none yet; the CRF runs in worker processes."""
     s = config.eval
     left = [i for i, name in enumerate(dataset.ids) if not (folder / f"{name}.png").exists()]
-    loader = DataLoader(Subset(dataset, left), batch_size=None, num_workers=config.run.workers)
+    loader = engine.read(config, Subset(dataset, left))
     bar = tqdm(loader, f"eval {method(s)}", initial=len(dataset) - len(left), total=len(dataset), dynamic_ncols=True)
     arguments = s.crf_margin, tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import datasets
@@ -150,7 +150,7 @@ def label_split(config, network, split, dataset):
         return [folder / kind / f"{name}.png" for kind in ("Ycrf", "Yret", *["u0"] * (name in pictures))]
 
     left = [i for i, name in enumerate(dataset.ids) if not all(path.exists() for path in files(name))]
-    loader = DataLoader(Subset(dataset, left), batch_size=None, num_workers=config.run.workers)
+    loader = engine.read(config, Subset(dataset, left))
     bar = tqdm(loader, f"make_labels {split}", initial=len(dataset) - len(left), total=len(dataset), dynamic_ncols=True)
     tasks = (prepare(config, network, sample) for sample in bar)
     for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks):

@@ -33,34 +33,40 @@ ROWS = {
 }
 
 
-def main(config):
+def scores(config, split, rows):
+    """Of labels of up to IMAGES images of a list, made with each of `rows`: {(row, kind): scores}."""
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
     network = engine.load_network(config, "cls.pt", network, config.train_cls)
     names, truth = ["background", *config.data.classes], engine.true_masks(config)
+    data = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth])
+    chosen = Subset(data, engine.spread(range(len(data)), IMAGES))
+    matrices = {(row, kind): np.zeros((len(names), len(names) + 1), np.int64)
+                for row in rows for kind in ("Ycrf", "Yret")}
+
+    def tasks():
+        for sample in tqdm(DataLoader(chosen, batch_size=None), split, dynamic_ncols=True):
+            with torch.inference_mode(), engine.autocast(config):
+                features = network.features(sample["image"].as_subclass(torch.Tensor)[None].to(config.device))
+            once = SimpleNamespace(features=lambda _, features=features: features, classifier=network.classifier)
+            for row, changes in rows.items():
+                variant = SimpleNamespace(**{**vars(config), "make_labels": replace(config.make_labels, **changes)})
+                prepared, crf = make_labels.prepare(variant, once, sample)
+                yield (row, prepared, sample["masks"][0].numpy()), crf
+
+    for (row, prepared, mask), marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
+        for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(network, prepared, marginals)):
+            matrices[row, kind] += engine.confusion(mask, y, len(names))
+    return {key: engine.scores(matrix, names, config) for key, matrix in matrices.items()}
+
+
+def main(config):
     for split in config.make_labels.splits or (config.data.train, config.data.val):
-        data = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth])
-        chosen = Subset(data, engine.spread(range(len(data)), IMAGES))
-        matrices = {(row, kind): np.zeros((len(names), len(names) + 1), np.int64)
-                    for row in ROWS for kind in ("Ycrf", "Yret")}
-
-        def tasks(chosen=chosen, split=split):
-            for sample in tqdm(DataLoader(chosen, batch_size=None), split, dynamic_ncols=True):
-                with torch.inference_mode(), engine.autocast(config):
-                    features = network.features(sample["image"].as_subclass(torch.Tensor)[None].to(config.device))
-                once = SimpleNamespace(features=lambda _, features=features: features, classifier=network.classifier)
-                for row, changes in ROWS.items():
-                    variant = SimpleNamespace(**{**vars(config), "make_labels": replace(config.make_labels, **changes)})
-                    prepared, crf = make_labels.prepare(variant, once, sample)
-                    yield (row, prepared, sample["masks"][0].numpy()), crf
-
-        for (row, prepared, mask), marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
-            for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(network, prepared, marginals)):
-                matrices[row, kind] += engine.confusion(mask, y, len(names))
-        print(f"\n| {split}, {len(chosen)} images | Ycrf | Yret |\n|---|---|---|")
+        results = scores(config, split, ROWS)
+        print(f"\n| {split} | Ycrf | Yret |\n|---|---|---|")
         for row in ROWS:
             cells = []
             for kind in ("Ycrf", "Yret"):
-                r = engine.scores(matrices[row, kind], names, config)
+                r = results[row, kind]
                 cells.append(f"{r['miou']:.1f}" + (f" / {r['miou_over']:.1f}" if "miou_over" in r else ""))
             print(f"| {row} | {' | '.join(cells)} |", flush=True)
 

@@ -18,13 +18,16 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -162,7 +165,7 @@ def configure(script, arguments):
         raise UsageError(f"run.name is {reprlib.repr(config['run'].name)}, not a name of letters, digits, . _ and -")
     config = SimpleNamespace(**config, path=Path("runs") / config["run"].name)
     check_values(config)
-    config.device = find_device(config.run.device)
+    config.device = join_processes(find_device(config.run.device))
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
@@ -171,9 +174,10 @@ def configure(script, arguments):
         if name not in names:
             raise UsageError(f"run.mean_over: no label {name}{nearest(name, names)}")
     named = any(a.startswith("data.root=") for a in arguments)  # then a missing folder is a slip, not a first use
-    if config.data.shapes and not named and not Path(config.data.root).exists():
+    if rank() == 0 and config.data.shapes and not named and not Path(config.data.root).exists():
         print(f"writing the shapes set to {config.data.root}")
         datasets.make_shapes(config.data.root)
+    wait()
     return config
 
 
@@ -224,6 +228,8 @@ def check_values(config):
         if len(values) != (length or max(len(values), 1)) or not all(v > 0 for v in values):
             raise UsageError(f"{key} is {values}, not {length or 'one or more'} numbers above 0")
     for s in (config.train_cls, config.train_seg):
+        if s.batch < int(os.environ.get("WORLD_SIZE", 1)):
+            raise UsageError(f"batch is {s.batch}, too few for {os.environ['WORLD_SIZE']} processes; it is the total")
         if s.scale[0] > s.scale[1] or not 0 <= s.dropout < 1:
             raise UsageError(f"scale is {s.scale}, dropout {s.dropout}: not low, high, or not a share under 1")
 
@@ -242,9 +248,13 @@ def run(script, main):
         if line is None:
             raise
     else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    print(f"{script}.py: {line}", file=sys.stderr, flush=True)
-    if status != 2:  # at the interpreter's own end a pool that broke, or was interrupted, may wait forever
+    whose = f"rank {rank()}: " if dist.is_initialized() else ""
+    print(f"{script}.py: {whose}{line}", file=sys.stderr, flush=True)
+    # At the interpreter's own end a pool that broke or was interrupted, or the other ranks, may wait forever.
+    if status != 2 or dist.is_initialized():
         os._exit(status)
     sys.exit(status)
 
@@ -256,9 +266,53 @@ def machine_fault(error):
         return f"{error.filename}: {error.strerror}; what was written before is whole: {GO_ON}"
     if isinstance(error, BrokenProcessPool | ConnectionError | EOFError) or "DataLoader worker" in text:
         return f"a worker process died, perhaps for want of memory; fewer run.workers need less: {GO_ON}"
+    if dist.is_initialized() and ("onnection" in text or isinstance(error, dist.DistError)):
+        return f"another rank is gone; torchrun's report names it; {GO_ON}"
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory; make the batch, the crop or run.workers smaller"
     return None
+
+
+# ---------------------------------------------------------------- the processes of torchrun
+# Each is one rank, on one GPU. They share out batches and images; rank 0 alone speaks, and writes what is one file.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def group():
+    """All of them, for what runs over a batch; None where this process is alone."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def wait():
+    """For the other ranks to come here, too."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(count):
+    """Which of `count` images are this rank's."""
+    return range(count)[rank()::processes()]
+
+
+def join_processes(device):
+    """Under torchrun: joins the other ranks. Returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # The time that one may be ahead of another: a rank that dies is torchrun's to notice, and at once.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
 
 
 # ---------------------------------------------------------------- files under runs/NAME
@@ -312,14 +366,20 @@ def claim(config, folder, settings, source):
     """Makes `folder` ready for files made with `settings` and the checkpoint `source`: what the same made before
     stays, what another checkpoint made goes, what other settings made is refused, or goes with run.overwrite.
     """
-    stamp, now = folder / "made_with.json", {"settings": settings, source.name: digest(source)}
+    if rank() == 0:
+        make_ready(config, folder, {"settings": settings, source.name: digest(source)})
+    wait()
+
+
+def make_ready(config, folder, now):
+    stamp = folder / "made_with.json"
     before, trash = read_json(stamp), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(trash, ignore_errors=True)
     if before == now:
         return
     if not config.run.overwrite:
         if "settings" in before:
-            check_unchanged(folder, before["settings"], settings)
+            check_unchanged(folder, before["settings"], now["settings"])
         elif folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
             raise UsageError(f"{folder} holds files but no {stamp.name}: remove it, or set overwrite=true")
     if folder.is_dir():  # renamed first: a kill while files go must not leave some that look finished
@@ -330,6 +390,8 @@ def claim(config, folder, settings, source):
 
 def log(config, **values):
     """One more line of runs/NAME/metrics.jsonl."""
+    if rank():
+        return
     config.path.mkdir(parents=True, exist_ok=True)
     with open(config.path / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
@@ -364,6 +426,10 @@ def load_network(config, name, network, settings):
 
 def autocast(config):
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.run.precision == "bf16")
+
+
+def bar(iterable, title, **options):
+    return tqdm(iterable, title, dynamic_ncols=True, disable=rank() > 0, **options)
 
 
 def read(config, dataset):
@@ -446,13 +512,18 @@ def score_folders(config, split, folders, whole_boxes=None):
     dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=whole_boxes is not None,
                                   masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
     matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in ["box", *folders]}
-    for sample in tqdm(read(config, dataset), f"scores {split}", dynamic_ncols=True):
+    for sample in bar(read(config, Subset(dataset, share(len(dataset)))), f"scores {split}"):
         truth, *given = sample["masks"].numpy()
         for name, labels in zip(folders, given):
             matrices[name] += confusion(truth, labels, len(names))
         if whole_boxes:
             boxes = whole_boxes(sample["boxes"], sample["labels"], truth.shape)
             matrices["box"] += confusion(truth, boxes, len(names))
+    if dist.is_initialized():
+        for name, matrix in matrices.items():
+            total = torch.from_numpy(matrix).to(config.device)
+            dist.all_reduce(total)
+            matrices[name] = total.cpu().numpy()
     return {name: scores(m, names, config) for name, m in matrices.items() if name != "box" or whole_boxes}
 
 
@@ -505,7 +576,8 @@ def rate(settings, iteration):
 def train(config, script, settings, network, dataset, losses, **inputs):
     """Train `network` with SGD and write its checkpoint (cls.pt or seg.pt).
 
-    losses(network, batch) -> dict of scalars, among them `loss`, which is minimised. Every save_every iterations
+    losses(network, batch) -> dict of scalars over the whole batch, of which each rank holds a part (see `group`),
+    among them `loss`, which is minimised. Every save_every iterations
     NAME.partial holds all that the run needs to go on; where it lies, the run goes on from it. inputs: digests of the
     files that the run starts from.
     """
@@ -521,30 +593,37 @@ def train(config, script, settings, network, dataset, losses, **inputs):
             check_unchanged(path, before, state["settings"])
     torch.backends.cudnn.benchmark = not config.run.deterministic  # crops are of one size
     network.freeze_norm &= settings.freeze_norm
+    if not network.freeze_norm and processes() > 1 and config.device.type == "cuda":  # there is none for a CPU
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.train().to(config.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         network.parameter_groups(settings.lr, settings.decay, settings.new_lr, settings.double_bias),
         lr=settings.lr, momentum=settings.momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(settings, i))
     parts = dict(model=network, optimizer=optimizer, schedule=schedule)
+    if rank():
+        torch.manual_seed(config.run.seed + rank())  # each draws a dropout of its own
     if partial.exists():
         resume(config, partial, state, parts)
     if config.run.compile:
         network.backbone.compile()
+    device_ids = [config.device] if config.device.type == "cuda" else None
+    model = nn.parallel.DistributedDataParallel(network, device_ids) if dist.is_initialized() else network
 
     weights = datasets.balance_weights(dataset) if settings.balance else None
     stream = datasets.Stream(dataset, settings.iterations * settings.batch, config.run.seed, weights)
-    left = Subset(stream, range(state["iteration"] * settings.batch, len(stream)))
+    batches = [range(first, first + settings.batch)[rank()::processes()]
+               for first in range(state["iteration"] * settings.batch, len(stream), settings.batch)]
     # A generator of its own: the loader draws from it on its start, which must not shift the dropout of a resumed run.
-    loader = DataLoader(left, settings.batch, num_workers=config.run.workers, collate_fn=datasets.collate,
+    loader = DataLoader(stream, batch_sampler=batches, num_workers=config.run.workers, collate_fn=datasets.collate,
                         pin_memory=config.device.type == "cuda", worker_init_fn=ignore_interrupts,
                         generator=torch.Generator())
-    bar = tqdm(loader, script, initial=state["iteration"], total=settings.iterations, dynamic_ncols=True)
+    progress = bar(loader, script, initial=state["iteration"], total=settings.iterations)
     unread = []  # ids and losses of iterations whose numbers have not left the device
-    for iteration, batch in enumerate(bar, state["iteration"] + 1):
+    for iteration, batch in enumerate(progress, state["iteration"] + 1):
         batch["image"] = batch["image"].to(config.device, non_blocking=True, memory_format=torch.channels_last)
         with autocast(config):
-            values = losses(network, batch)
+            values = losses(model, batch)
         optimizer.zero_grad(set_to_none=True)
         values["loss"].backward()
         optimizer.step()
@@ -556,16 +635,19 @@ def train(config, script, settings, network, dataset, losses, **inputs):
             values = read_losses(script, unread)
             unread.clear()
         if logs:
-            bar.set_postfix(loss=values["loss"], lr=f"{schedule.get_last_lr()[0]:.2g}")
+            progress.set_postfix(loss=values["loss"], lr=f"{schedule.get_last_lr()[0]:.2g}")
             log(config, stage=script, iteration=iteration, lr=schedule.get_last_lr()[0], **values)
         if saves:
             state |= dict(iteration=iteration, random=random_states(config))
             state |= {key: part.state_dict() for key, part in parts.items()}
-            save(partial, state)
+            if rank() == 0:
+                save(partial, state)
 
-    save(path, dict(network=dict(backbone=settings.backbone, width=settings.width), classes=config.data.classes,
-                    settings=state["settings"], model=network.state_dict()))
-    partial.unlink(missing_ok=True)
+    if rank() == 0:
+        save(path, dict(network=dict(backbone=settings.backbone, width=settings.width), classes=config.data.classes,
+                        settings=state["settings"], model=network.state_dict()))
+        partial.unlink(missing_ok=True)
+    wait()
     print(f"{path}: {settings.iterations} iterations, seed {config.run.seed}")
 
 
@@ -582,9 +664,13 @@ def read_losses(script, unread):
 
 
 def random_states(config):
-    """Of the CPU's generator, and of the GPU's where the run is on one: dropout draws from it."""
+    """Of each rank: its CPU's generator, and its GPU's where the run is on one: dropout draws from it."""
     states = [torch.get_rng_state()]
-    return states + [torch.cuda.get_rng_state(config.device)] if config.device.type == "cuda" else states
+    states += [torch.cuda.get_rng_state(config.device)] if config.device.type == "cuda" else []
+    of_all = [states] * processes()
+    if dist.is_initialized():
+        dist.all_gather_object(of_all, states)
+    return of_all
 
 
 def resume(config, partial, state, parts):
@@ -595,9 +681,11 @@ def resume(config, partial, state, parts):
         check_unchanged(partial, saved["settings"], state["settings"])
         for key, part in parts.items():
             part.load_state_dict(saved[key])
-        torch.set_rng_state(saved["random"][0])
-        for random in saved["random"][1:] if config.device.type == "cuda" else ():
-            torch.cuda.set_rng_state(random, config.device)
+        if rank() < len(saved["random"]):  # a run may go on with more ranks than it began with
+            cpu, *gpu = saved["random"][rank()]
+            torch.set_rng_state(cpu)
+            for random in gpu if config.device.type == "cuda" else ():
+                torch.cuda.set_rng_state(random, config.device)
     except UsageError:
         raise
     except Exception:

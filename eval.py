@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 import datasets
 import engine
@@ -107,9 +106,10 @@ def sharpen(image, log_probabilities, margin, bilateral, gaussian, iterations):
 def predict_split(config, network, dataset, folder):
     """Writes folder/ID.png, the predictions for those images that have none yet; the CRF runs in worker processes."""
     s = config.eval
-    left = [i for i, name in enumerate(dataset.ids) if not (folder / f"{name}.png").exists()]
+    mine = engine.share(len(dataset))
+    left = [i for i in mine if not (folder / f"{dataset.ids[i]}.png").exists()]
     loader = engine.read(config, Subset(dataset, left))
-    bar = tqdm(loader, f"eval {method(s)}", initial=len(dataset) - len(left), total=len(dataset), dynamic_ncols=True)
+    bar = engine.bar(loader, f"eval {method(s)}", initial=len(mine) - len(left), total=len(mine))
     arguments = s.crf_margin, tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations
 
     def tasks():
@@ -241,15 +241,20 @@ def main(config):
     settings = engine.made_with(config, "eval", "train_seg.temperature", without=without)
     engine.claim(config, folder, settings, config.path / "seg.pt")
     predict_split(config, network, dataset, folder)
+    engine.wait()
+    result = None
+    if truth and not s.images:
+        result = engine.score_folders(config, split, {"IoU": folder})["IoU"]
+    if engine.rank():
+        return
     if s.images:
         return write_overlays(config, dataset, folder)
     if s.submit:
         return write_submission(config, dataset.ids, folder)
-    if truth:
+    if result:
         path = config.path / "eval.json"
         results = engine.read_json(path)
-        result = dict(split=split, images=len(dataset), method=method(s), seed=config.run.seed,
-                      **engine.score_folders(config, split, {"IoU": folder})["IoU"])
+        result = dict(split=split, images=len(dataset), method=method(s), seed=config.run.seed, **result)
         results[f"{split}, {method(s)}"] = result
         engine.write_json(path, results)
         engine.log(config, stage="eval", split=split, method=method(s), miou=result["miou"])

@@ -5,9 +5,11 @@ One file to copy: it needs torch alone. In all of them
     H = softmax(temperature * cosine) over L
     y_crf, y_ret (N, H, W) int64: the two pseudo labels, in 0..L-1; ignore_index in either leaves a pixel out
     S: the pixels where the two agree, ~S: where they differ
-and the result is a scalar. A mean over no pixels is 0. No pixel is gathered.
+    group: a torch.distributed process group whose processes each hold a part of the batch (None: all of it is here)
+and the result is a scalar, with a group that of the whole batch. A mean over no pixels is 0. No pixel is gathered.
 """
 import torch
+import torch.distributed.nn.functional as distributed
 import torch.nn.functional as F
 
 
@@ -55,13 +57,17 @@ def agreement(y_crf, y_ret, ignore_index):
     return known & (y_crf == y_ret), known & (y_crf != y_ret)
 
 
-def weighted_mean(values, weights):
-    """sum weights values / sum weights; 0 where all weights are 0."""
-    total = weights.sum(dtype=values.dtype)
-    return (weights * values).sum() / torch.where(total > 0, total, 1)
+def weighted_mean(values, weights, group=None):
+    """sum weights values / sum weights; 0 where all weights are 0. The sums run over the whole group, and so does
+    their gradient: DistributedDataParallel's mean of it over the processes is that of the whole batch.
+    """
+    above, below = (weights * values).sum(), weights.sum(dtype=values.dtype)
+    if group is not None:
+        above, below = distributed.all_reduce(torch.stack((above, below)), group=group)
+    return above / torch.where(below > 0, below, 1)
 
 
-def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20.0, ignore_index=255):
+def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20.0, ignore_index=255, group=None):
     """L = L_ce + weight * L_wce: trust Y_crf where Y_ret agrees, elsewhere as far as the classifier does.
 
         L_ce   = - mean over S of log H_{Y_crf(p)}(p)
@@ -75,35 +81,36 @@ def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20
     # Clamped: rounding takes a cosine of -1 below it, and a power of a negative number is NaN.
     ratio = (1 + given).clamp(min=0) / (1 + highest).clamp(min=1e-6)
     sigma = torch.where(differ, ratio, 0) ** gamma * differ
-    return weighted_mean(ce, same) + weight * weighted_mean(ce, sigma)
+    return weighted_mean(ce, same, group) + weight * weighted_mean(ce, sigma, group)
 
 
-def cross_entropy(cosine, labels, temperature=20.0, ignore_index=255):
+def cross_entropy(cosine, labels, temperature=20.0, ignore_index=255, group=None):
     """- mean over the pixels that have a label of log H_label(p)."""
     ce, _, _ = read_pixels(cosine, labels, temperature, ignore_index)
-    return weighted_mean(ce, labels != ignore_index)
+    return weighted_mean(ce, labels != ignore_index, group)
 
 
-def agreement_loss(cosine, y_crf, y_ret, temperature=20.0, ignore_index=255):
+def agreement_loss(cosine, y_crf, y_ret, temperature=20.0, ignore_index=255, group=None):
     """L_ce alone: ~S is left out."""
     same, _ = agreement(y_crf, y_ret, ignore_index)
     ce, _, _ = read_pixels(cosine, y_crf, temperature, ignore_index)
-    return weighted_mean(ce, same)
+    return weighted_mean(ce, same, group)
 
 
-def entropy_loss(cosine, y_crf, y_ret, weight=0.1, temperature=20.0, ignore_index=255):
+def entropy_loss(cosine, y_crf, y_ret, weight=0.1, temperature=20.0, ignore_index=255, group=None):
     """L_ce + weight * mean over ~S of the entropy - sum_c H_c log H_c (Grandvalet and Bengio, 2004)."""
     _, differ = agreement(y_crf, y_ret, ignore_index)
     log_h = F.log_softmax(temperature * cosine.to(torch.promote_types(cosine.dtype, torch.float32)), 1)
     entropy = -(log_h.exp() * log_h).sum(1)
-    return agreement_loss(cosine, y_crf, y_ret, temperature, ignore_index) + weight * weighted_mean(entropy, differ)
+    ce = agreement_loss(cosine, y_crf, y_ret, temperature, ignore_index, group)
+    return ce + weight * weighted_mean(entropy, differ, group)
 
 
-def bootstrap_loss(cosine, y_crf, y_ret, weight=0.1, beta=0.8, temperature=20.0, ignore_index=255):
+def bootstrap_loss(cosine, y_crf, y_ret, weight=0.1, beta=0.8, temperature=20.0, ignore_index=255, group=None):
     """L_ce + weight * mean over ~S of - (beta log H_{Y_crf} + (1 - beta) log max_c H_c): hard bootstrapping,
     which mixes the label with the network's own answer (Reed et al., 2015).
     """
     same, differ = agreement(y_crf, y_ret, ignore_index)
     ce, given, highest = read_pixels(cosine, y_crf, temperature, ignore_index)
     own = ce - temperature * (highest - given)  # - log max_c H_c
-    return weighted_mean(ce, same) + weight * weighted_mean(beta * ce + (1 - beta) * own, differ)
+    return weighted_mean(ce, same, group) + weight * weighted_mean(beta * ce + (1 - beta) * own, differ, group)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 import datasets
 import engine
@@ -149,9 +148,10 @@ def label_split(config, network, split, dataset):
     def files(name):
         return [folder / kind / f"{name}.png" for kind in ("Ycrf", "Yret", *["u0"] * (name in pictures))]
 
-    left = [i for i, name in enumerate(dataset.ids) if not all(path.exists() for path in files(name))]
+    mine = engine.share(len(dataset))
+    left = [i for i in mine if not all(path.exists() for path in files(dataset.ids[i]))]
     loader = engine.read(config, Subset(dataset, left))
-    bar = tqdm(loader, f"make_labels {split}", initial=len(dataset) - len(left), total=len(dataset), dynamic_ncols=True)
+    bar = engine.bar(loader, f"make_labels {split}", initial=len(mine) - len(left), total=len(mine))
     tasks = (prepare(config, network, sample) for sample in bar)
     for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks):
         labels = finish(network, prepared, marginals)
@@ -174,9 +174,12 @@ def main(config):
                  config.path / "cls.pt")
     for split, dataset in data.items():
         label_split(config, network, split, dataset)
+        engine.wait()
         if not truth:
             continue
         result = engine.score_folders(config, split, {k: folder / k for k in ("Ycrf", "Yret")}, box_labels)
+        if engine.rank():
+            continue
         engine.write_json(path, engine.read_json(path) | {split: {"images": len(dataset), **result}})
         engine.show(f"labels of {split}, {len(dataset)} images", {k: result[k] for k in ("box", "Ycrf", "Yret")})
         engine.log(config, stage="make_labels", split=split, **{k: result[k]["miou"] for k in ("box", "Ycrf", "Yret")})

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import datasets
 import engine
 import models
+from losses import weighted_mean
 
 
 @dataclass
@@ -34,11 +35,13 @@ def losses(network, batch):
     labels = labels[:, None].expand(scores.foreground.shape[:2]).flatten()
     logits = torch.cat((scores.foreground.flatten(0, 1), scores.queries))
     targets = torch.cat((labels, labels.new_zeros(len(scores.queries))))
-    # An empty batch (no boxes, no background) has a loss of 0, not of 0 / 0.
-    loss = F.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
+    ce = F.cross_entropy(logits, targets, reduction="none")
     right = (logits.argmax(1) == targets).float()
-    count = len(labels)
-    return {"loss": loss, "right_boxes": right[:count].mean(), "right_queries": right[count:].mean()}
+    boxes = (torch.arange(len(targets), device=ce.device) < len(labels)).float()
+    mean, group = weighted_mean, engine.group()
+    # An empty batch (no boxes, no background) has a loss of 0, not of 0 / 0.
+    return {"loss": mean(ce, torch.ones_like(ce), group), "right_boxes": mean(right, boxes, group),
+            "right_queries": mean(right, 1 - boxes, group)}
 
 
 def main(config):

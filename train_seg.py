@@ -29,18 +29,18 @@ class Settings(engine.Training):
 
 def segmentation_loss(s, cosine, y_crf, y_ret):
     """The loss that the settings name, of cosine (N, L, H, W) and labels (N, H, W) int64."""
-    t = s.temperature
+    common = dict(temperature=s.temperature, group=engine.group())
     if s.loss == "crf":
-        return losses.cross_entropy(cosine, y_crf, t)
+        return losses.cross_entropy(cosine, y_crf, **common)
     if s.loss == "ret":
-        return losses.cross_entropy(cosine, y_ret, t)
+        return losses.cross_entropy(cosine, y_ret, **common)
     if s.loss == "agree":
-        return losses.agreement_loss(cosine, y_crf, y_ret, t)
+        return losses.agreement_loss(cosine, y_crf, y_ret, **common)
     if s.loss == "entropy":
-        return losses.entropy_loss(cosine, y_crf, y_ret, s.weight, temperature=t)
+        return losses.entropy_loss(cosine, y_crf, y_ret, s.weight, **common)
     if s.loss == "bootstrap":
-        return losses.bootstrap_loss(cosine, y_crf, y_ret, s.weight, temperature=t)
-    return losses.noise_aware_loss(cosine, y_crf, y_ret, s.gamma, s.weight, t)
+        return losses.bootstrap_loss(cosine, y_crf, y_ret, s.weight, **common)
+    return losses.noise_aware_loss(cosine, y_crf, y_ret, s.gamma, s.weight, **common)
 
 
 def main(config):

@@ -1,0 +1,172 @@
+"""Several processes (gloo, on the CPU) give the weights, labels and scores of one; and one that dies ends them all."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+import losses
+import models
+import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+# Without dropout and with frozen normalisation nothing but rounding may differ. 7 crops: 2 and 3 do not divide them.
+SMALL = ["train_cls.backbone=vgg16", "train_seg.backbone=vgg16", "train_cls.width=0.125", "train_seg.width=0.125",
+         "train_seg.weights=stage1", "train_cls.iterations=3", "train_seg.iterations=3", "train_cls.batch=7",
+         "train_seg.batch=7", "train_cls.crop=65", "train_seg.crop=65", "train_cls.lr=0.01", "train_seg.lr=0.01",
+         "run.workers=0", "run.log_every=2", "make_labels.crf_iterations=2", "eval.panels=0"]
+STAGES = "train_cls", "make_labels", "train_seg", "eval"
+
+
+def command(script, processes, *arguments):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    return [sys.executable, *torchrun, str(ROOT / f"{script}.py"), *SMALL, *arguments]
+
+
+def run(script, processes, folder, *arguments):
+    done = subprocess.run(command(script, processes, *arguments), cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def runs(request, tmp_path_factory):
+    """Folders where all four commands have run, with one process and with several."""
+    folders = []
+    for processes in (1, request.param):
+        folder = tmp_path_factory.mktemp("work")
+        datasets.make_shapes(folder / "data/shapes", train=8, val=5)
+        for stage in STAGES:
+            said = run(stage, processes, folder)
+            (folder / f"{stage}.out").write_text(said)
+        folders.append(folder / "runs/shapes")
+    return folders
+
+
+def start_of(name, run):
+    """The weights that a stage starts from."""
+    torch.manual_seed(0)
+    if name == "cls.pt":
+        return models.BoxClassifier(6, "vgg16", width=0.125, dropout=0.0).state_dict()
+    return models.DeepLab(7, "vgg16", run / "cls.pt", width=0.125, dropout=0.0).state_dict()
+
+
+@pytest.mark.parametrize("name", ["cls.pt", "seg.pt"])
+def test_the_weights_are_those_of_one_process(runs, name):
+    """Rounding, which ReLU and the maxima of pools and of NAL amplify, is about 0.1 % of the way that the weights go."""
+    one, several = (torch.load(folder / name, weights_only=True)["model"] for folder in runs)
+    start = start_of(name, runs[0])
+    assert list(one) == list(several) == list(start)
+    for key in one:
+        way = (one[key] - start[key]).norm()
+        assert (several[key] - one[key]).norm() <= 0.02 * way, key
+    assert (one["classifier.weight"] - start["classifier.weight"]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("folder", ["labels/Ycrf", "labels/Yret", "predictions/plain"])
+def test_the_pictures_are_those_of_one_process(runs, folder):
+    """Up to pixels where two labels are equally good to six digits."""
+    names = [sorted(path.name for path in (run / folder).glob("*.png")) for run in runs]
+    assert names[0] == names[1] and len(names[0]) == (5 if "predictions" in folder else 13)
+    for name in names[0]:
+        one, several = (np.array(Image.open(run / folder / name)) for run in runs)
+        assert (one != several).mean() < 1e-3, name
+
+
+def test_the_scores_and_losses_are_those_of_one_process(runs):
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert [line["stage"] for line in logs[0]] == [line["stage"] for line in logs[1]]  # one line each, not one a process
+    for one, several in zip(*logs):
+        for key in ("loss", "right_boxes", "right_queries", "miou", "Ycrf", "Yret", "box"):
+            if key in one:
+                assert several[key] == pytest.approx(one[key], rel=1e-3, abs=1e-3), (one["stage"], key)
+
+
+def test_only_one_process_speaks(runs):
+    said = (runs[1].parents[1] / "eval.out").read_text()
+    assert said.count("segmenter on val") == 1
+
+
+NAMES = "noise_aware_loss", "cross_entropy", "agreement_loss", "entropy_loss", "bootstrap_loss"
+
+
+def case():
+    """Four images' cosines and labels; the first agrees on a few pixels, the second on nearly all."""
+    generator = torch.Generator().manual_seed(3)
+    cosine = torch.rand(4, 5, 6, 7, generator=generator, dtype=torch.float64) * 2 - 1
+    y_crf, y_ret = torch.randint(0, 5, (2, 4, 6, 7), generator=generator)
+    agree = torch.rand(4, 6, 7, generator=generator) < torch.tensor([0.2, 0.9, 0.5, 0.7])[:, None, None]
+    return cosine.requires_grad_(), y_crf, torch.where(agree, y_crf, y_ret)
+
+
+def value_and_gradient(module, name, cosine, y_crf, y_ret, **options):
+    labels = (y_crf,) if name == "cross_entropy" else (y_crf, y_ret)
+    loss = getattr(module, name)(cosine, *labels, **options)
+    (gradient,) = torch.autograd.grad(loss, cosine)
+    return loss.item(), gradient
+
+
+def losses_of_a_part(rank, results, port):
+    """One of two processes: the losses of its own images, and their gradients."""
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mine = slice(0, 1) if rank == 0 else slice(1, 4)
+    part = [values.detach()[mine] for values in case()]
+    part[0].requires_grad_()
+    results[rank] = [value_and_gradient(losses, name, *part, group=torch.distributed.group.WORLD) for name in NAMES]
+    torch.distributed.destroy_process_group()
+
+
+def test_a_loss_over_a_group_is_that_of_the_whole_batch():
+    """One image lies with the first process and three with the second, in float64; the equations are reference.py's.
+    A mean of each process's own pixels would differ. DistributedDataParallel halves the sum of two gradients."""
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(losses_of_a_part, (results, free_port()), nprocs=2)
+        parts = results[0], results[1]
+    for name, (loss, first), (same, second) in zip(NAMES, *parts):
+        expected, gradient = value_and_gradient(reference, name, *case())
+        assert loss == same == pytest.approx(expected), name
+        assert torch.allclose(torch.cat((first, second)) / 2, gradient), name
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_more_processes_than_crops(tmp_path):
+    done = subprocess.run(command("train_cls", 2, "train_cls.batch=1"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "batch is 1, too few for 2 processes; it is the total" in done.stderr
+
+
+def test_a_rank_that_dies_is_named(tmp_path):
+    """Killed as the kernel kills what takes too much memory. The checkpoint stays, and the same command goes on."""
+    datasets.make_shapes(tmp_path / "data/shapes", train=8, val=5)
+    arguments = "train_cls", 2, "train_cls.iterations=100000", "run.save_every=2"
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, text=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL)
+    partial = tmp_path / "runs/shapes/cls.pt.partial"
+    end = time.monotonic() + 90
+    while not partial.exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    of_rank = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        of_rank |= {entry: int(pid) for entry in environment if entry.startswith("RANK=")}
+    os.kill(of_rank["RANK=1"], signal.SIGKILL)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode and partial.exists()
+    assert "rank      : 1" in error and "Signal 9" in error
+    assert "train_cls.py: rank 0: another rank is gone" in error and error.count("Traceback") <= 1  # torchrun's own

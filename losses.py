@@ -9,7 +9,6 @@ One file to copy: it needs torch alone. In all of them
 and the result is a scalar, with a group that of the whole batch. A mean over no pixels is 0. No pixel is gathered.
 """
 import torch
-import torch.distributed.nn.functional as distributed
 import torch.nn.functional as F
 
 
@@ -57,13 +56,30 @@ def agreement(y_crf, y_ret, ignore_index):
     return known & (y_crf == y_ret), known & (y_crf != y_ret)
 
 
+class Total(torch.autograd.Function):
+    """The sum of a tensor over a group's processes. Its gradient is the sum of theirs: each has the whole loss."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        ctx.group, values = group, values.clone()
+        torch.distributed.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
 def weighted_mean(values, weights, group=None):
     """sum weights values / sum weights; 0 where all weights are 0. The sums run over the whole group, and so does
     their gradient: DistributedDataParallel's mean of it over the processes is that of the whole batch.
     """
     above, below = (weights * values).sum(), weights.sum(dtype=values.dtype)
     if group is not None:
-        above, below = distributed.all_reduce(torch.stack((above, below)), group=group)
+        above, below = Total.apply(torch.stack((above, below)), group)
     return above / torch.where(below > 0, below, 1)
 
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from PIL import Image
 
 import datasets
 import losses
 import models
-import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 # Without dropout and with frozen normalisation nothing but rounding may differ. 7 crops: 2 and 3 do not divide them.
 SMALL = ["train_cls.backbone=vgg16", "train_seg.backbone=vgg16", "train_cls.width=0.125", "train_seg.width=0.125",
          "train_seg.weights=stage1", "train_cls.iterations=3", "train_seg.iterations=3", "train_cls.batch=7",
-         "train_seg.batch=7", "train_cls.crop=65", "train_seg.crop=65", "train_cls.lr=0.01", "train_seg.lr=0.01",
+         "train_seg.batch=7", "train_cls.crop=65", "train_seg.crop=65", "train_cls.lr=0.001", "train_seg.lr=0.01",
          "run.workers=0", "run.log_every=2", "make_labels.crf_iterations=2", "eval.panels=0"]
 STAGES = "train_cls", "make_labels", "train_seg", "eval"
 
@@ -63,29 +63,33 @@ def start_of(name, run):
 
 @pytest.mark.parametrize("name", ["cls.pt", "seg.pt"])
 def test_the_weights_are_those_of_one_process(runs, name):
-    """Rounding, which ReLU and the maxima of pools and of NAL amplify, is about 0.1 % of the way that the weights go."""
+    """Rounding, which ReLU and the maxima of pools and NAL amplify, is about 0.1 % of the way that the weights go."""
     one, several = (torch.load(folder / name, weights_only=True)["model"] for folder in runs)
     start = start_of(name, runs[0])
     assert list(one) == list(several) == list(start)
     for key in one:
         way = (one[key] - start[key]).norm()
         assert (several[key] - one[key]).norm() <= 0.02 * way, key
-    assert (one["classifier.weight"] - start["classifier.weight"]).norm() > 1e-3
+    assert (one["classifier.weight"] - start["classifier.weight"]).norm() > 1e-4
 
 
 @pytest.mark.parametrize("folder", ["labels/Ycrf", "labels/Yret", "predictions/plain"])
 def test_the_pictures_are_those_of_one_process(runs, folder):
     """Up to pixels where two labels are equally good to six digits."""
-    names = [sorted(path.name for path in (run / folder).glob("*.png")) for run in runs]
-    assert names[0] == names[1] and len(names[0]) == (5 if "predictions" in folder else 13)
-    for name in names[0]:
-        one, several = (np.array(Image.open(run / folder / name)) for run in runs)
-        assert (one != several).mean() < 1e-3, name
+    one, several = (run / folder for run in runs)
+    names = sorted(path.name for path in one.glob("*.png"))
+    assert names == sorted(path.name for path in several.glob("*.png"))
+    assert len(names) == (5 if "predictions" in folder else 13)
+    for name in names:
+        differ = np.array(Image.open(one / name)) != np.array(Image.open(several / name))
+        assert differ.mean() < 1e-3, name
+    if folder != "predictions/plain":  # of a segmenter that has hardly begun
+        assert len({Image.open(one / name).getextrema()[1] for name in names}) > 2
 
 
 def test_the_scores_and_losses_are_those_of_one_process(runs):
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
-    assert [line["stage"] for line in logs[0]] == [line["stage"] for line in logs[1]]  # one line each, not one a process
+    assert [line["stage"] for line in logs[0]] == [line["stage"] for line in logs[1]]  # one line, not one a process
     for one, several in zip(*logs):
         for key in ("loss", "right_boxes", "right_queries", "miou", "Ycrf", "Yret", "box"):
             if key in one:

@@ -2,12 +2,15 @@
 
 One file to copy: it needs numpy and pydensecrf (from PyPI: pydensecrf2).
 """
+from collections.abc import Sequence
+
 import numpy as np
 import pydensecrf.densecrf as densecrf
 from pydensecrf.utils import unary_from_softmax
 
 
-def dense_crf(image, probabilities, bilateral=(4.0, 55.0, 3.0), gaussian=(3.0, 3.0), iterations=10):
+def dense_crf(image: np.ndarray, probabilities: np.ndarray, bilateral: Sequence[float] = (4.0, 55.0, 3.0),
+              gaussian: Sequence[float] = (3.0, 3.0), iterations: int = 10) -> np.ndarray:
     """Mean-field inference with -log probabilities as unaries and two Potts terms.
 
     image (H, W, 3): uint8 RGB, the picture itself, without normalisation.

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import datasets
@@ -92,7 +93,7 @@ class Training:
 # ---------------------------------------------------------------- settings
 
 
-def nearest(word, words):
+def nearest(word: str, words: Iterable[str]) -> str:
     return "".join(f"; did you mean {w}?" for w in difflib.get_close_matches(word[:99], words, 1, 0.4))
 
 
@@ -117,7 +118,7 @@ def convert(value, kind, key, where):
     raise UsageError(f"{where}: {key} is {reprlib.repr(value)}, not a {name}")
 
 
-def configure(script, arguments):
+def configure(script: str, arguments: list[str]) -> SimpleNamespace:
     """Settings of every section: defaults, then the YAML file, then `key=value` arguments.
 
     arguments: [CONFIG.yaml] [section.key=value ...]; a bare key is one of the script's own section, or of `run`.
@@ -125,13 +126,13 @@ def configure(script, arguments):
     """
     sections = {"run": Run, "data": datasets.Settings}
     sections |= {name: importlib.import_module(name).Settings for name in SCRIPTS}
-    config = {name: section() for name, section in sections.items()}
+    found = {name: section() for name, section in sections.items()}
 
     def put(section, key, value, where):
         kinds = get_type_hints(sections[section])
         if key not in kinds:
             raise UsageError(f"{where}: unknown setting {section}.{key}{nearest(key, kinds)}")
-        setattr(config[section], key, convert(value, kinds[key], f"{section}.{key}", where))
+        setattr(found[section], key, convert(value, kinds[key], f"{section}.{key}", where))
 
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:
@@ -161,9 +162,9 @@ def configure(script, arguments):
                 value = text
             value = text if get_type_hints(sections[section]).get(name) is str else value
             put(section, name, value, "command line")
-    if not re.fullmatch(r"[\w-][\w.-]{0,99}", config["run"].name):
-        raise UsageError(f"run.name is {reprlib.repr(config['run'].name)}, not a name of letters, digits, . _ and -")
-    config = SimpleNamespace(**config, path=Path("runs") / config["run"].name)
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}", found["run"].name):
+        raise UsageError(f"run.name is {reprlib.repr(found['run'].name)}, not a name of letters, digits, . _ and -")
+    config = SimpleNamespace(**found, path=Path("runs") / found["run"].name)
     check_values(config)
     config.device = join_processes(find_device(config.run.device))
     if config.run.deterministic:
@@ -181,7 +182,7 @@ def configure(script, arguments):
     return config
 
 
-def find_device(name):
+def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -190,7 +191,7 @@ def find_device(name):
         raise UsageError(f"run.device: {name}: {str(error).splitlines()[0]}; use auto or cpu") from None
 
 
-def read_yaml(path):
+def read_yaml(path: Path) -> dict:
     try:
         text = path.read_text()
     except OSError as error:
@@ -214,7 +215,7 @@ def read_yaml(path):
     return content or {}
 
 
-def check_values(config):
+def check_values(config: SimpleNamespace) -> None:
     """Numbers that no stage can work with are refused before any starts."""
     for key, least in LEAST.items():
         for section in [key.split(".")[0]] if "." in key else ["train_cls", "train_seg"]:
@@ -234,7 +235,7 @@ def check_values(config):
             raise UsageError(f"scale is {s.scale}, dropout {s.dropout}: not low, high, or not a share under 1")
 
 
-def run(script, main):
+def run(script: str, main: Callable[[SimpleNamespace], object]) -> None:
     """A script's entry: its settings to `main`; a user's fault ends as one line on stderr and status 2."""
     try:
         main(configure(script, sys.argv[1:]))
@@ -244,9 +245,10 @@ def run(script, main):
     except KeyboardInterrupt:
         line, status = f"stopped; {GO_ON}", 130
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        line, status = machine_fault(error), 1
-        if line is None:
+        fault, status = machine_fault(error), 1
+        if fault is None:
             raise
+        line = fault
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -259,7 +261,7 @@ def run(script, main):
     sys.exit(status)
 
 
-def machine_fault(error):
+def machine_fault(error: Exception) -> str | None:
     """A line for what the machine, not the program, is at fault for; None for anything else."""
     text = str(error)
     if isinstance(error, OSError) and error.filename:
@@ -277,31 +279,31 @@ def machine_fault(error):
 # Each is one rank, on one GPU. They share out batches and images; rank 0 alone speaks, and writes what is one file.
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def processes():
+def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def group():
+def group() -> dist.ProcessGroup | None:
     """All of them, for what runs over a batch; None where this process is alone."""
     return dist.group.WORLD if dist.is_initialized() else None
 
 
-def wait():
+def wait() -> None:
     """For the other ranks to come here, too."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def share(count):
+def share(count: int) -> range:
     """Which of `count` images are this rank's."""
     return range(count)[rank()::processes()]
 
 
-def join_processes(device):
+def join_processes(device: torch.device) -> torch.device:
     """Under torchrun: joins the other ranks. Returns the device of this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
@@ -318,11 +320,11 @@ def join_processes(device):
 # ---------------------------------------------------------------- files under runs/NAME
 
 
-def write_json(path, content):
+def write_json(path: Path, content: dict) -> None:
     datasets.write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_json(path):
+def read_json(path: Path) -> dict:
     """A file of this program's, {} where there is none."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
@@ -333,26 +335,26 @@ def read_json(path):
     return content
 
 
-def save(path, content):
+def save(path: Path, content: dict) -> None:
     """torch.save, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     datasets.write(path, buffer.getbuffer())
 
 
-def digest(path):
+def digest(path: Path) -> str | None:
     """What tells one file's content from another's; None where there is no file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
 
 
-def made_with(config, section, *others, without=()):
+def made_with(config: SimpleNamespace, section: str, *others: str, without: Collection[str] = ()) -> dict:
     """What decides a stage's results, as section.key -> value: its own settings, and those in common."""
     keys = [f"{section}.{k}" for k in asdict(getattr(config, section)) if k not in without]
     keys += ["data.root", "data.classes", "run.precision", *others]
     return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in keys}
 
 
-def check_unchanged(path, before, now):
+def check_unchanged(path: Path, before: object, now: dict) -> None:
     """Refuses to go on with what other settings began."""
     before = before if isinstance(before, dict) else {}
     changed = [f"{k} {reprlib.repr(before.get(k))} -> {reprlib.repr(now.get(k))}"
@@ -362,7 +364,7 @@ def check_unchanged(path, before, now):
                          "set run.name to a new one, or overwrite=true to lose it")
 
 
-def claim(config, folder, settings, source):
+def claim(config: SimpleNamespace, folder: Path, settings: dict, source: Path) -> None:
     """Makes `folder` ready for files made with `settings` and the checkpoint `source`: what the same made before
     stays, what another checkpoint made goes, what other settings made is refused, or goes with run.overwrite.
     """
@@ -371,7 +373,7 @@ def claim(config, folder, settings, source):
     wait()
 
 
-def make_ready(config, folder, now):
+def make_ready(config: SimpleNamespace, folder: Path, now: dict) -> None:
     stamp = folder / "made_with.json"
     before, trash = read_json(stamp), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(trash, ignore_errors=True)
@@ -397,7 +399,7 @@ def log(config, **values):
         file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return content if isinstance(content, dict) else {}
@@ -407,7 +409,7 @@ def read_checkpoint(path):
         raise UsageError(f"{path}: not a checkpoint; delete it, then run python {MADE_BY[path.name]}") from None
 
 
-def load_network(config, name, network, settings):
+def load_network(config: SimpleNamespace, name: str, network: models.Network, settings: Training) -> models.Network:
     """runs/NAME/cls.pt or seg.pt into a network in evaluation mode; its backbone and classes must be the settings'."""
     path = config.path / name
     checkpoint = read_checkpoint(path)
@@ -421,30 +423,30 @@ def load_network(config, name, network, settings):
         network.load_state_dict(checkpoint["model"])
     except Exception:  # a file may hold anything under that name
         raise UsageError(f"{path}: holds other weights than its network has; train it anew") from None
-    return network.eval().to(config.device, memory_format=torch.channels_last)
+    return network.eval().to(config.device).to(memory_format=torch.channels_last)
 
 
-def autocast(config):
+def autocast(config: SimpleNamespace) -> torch.autocast:
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.run.precision == "bf16")
 
 
-def bar(iterable, title, **options):
+def bar(iterable: Iterable, title: str, **options) -> tqdm:
     return tqdm(iterable, title, dynamic_ncols=True, disable=rank() > 0, **options)
 
 
-def read(config, dataset):
+def read(config: SimpleNamespace, dataset: Dataset) -> DataLoader:
     """The samples of a dataset, one by one, read in worker processes."""
     return DataLoader(dataset, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_interrupts)
 
 
-def ignore_interrupts(worker=None):
+def ignore_interrupts(worker: int | None = None) -> None:
     """In a process that reads images: Ctrl-C is its parent's to answer. Stopped halfway, it could keep a lock that the
     parent waits for.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def start_worker():
+def start_worker() -> None:
     """In a worker process: a parent that is killed takes its workers along."""
     def follow():
         multiprocessing.parent_process().join()
@@ -453,7 +455,7 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def overlap(workers, function, tasks):
+def overlap(workers: int, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
     """Run `function` in worker processes while `tasks` goes on.
 
     tasks yields pairs (kept, arguments); this yields (kept, function(*arguments)) in the same order. At most two
@@ -464,7 +466,7 @@ def overlap(workers, function, tasks):
         return
     # spawn: a fork would copy this process's threads' locks, and its GPU.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    waiting = deque()
+    waiting: deque = deque()
     for kept, arguments in tasks:
         # Ctrl-C is this process's to answer: a worker that starts in here is born with it blocked.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -481,19 +483,19 @@ def overlap(workers, function, tasks):
 # ---------------------------------------------------------------- scores
 
 
-def true_masks(config):
+def true_masks(config: SimpleNamespace) -> Path | None:
     """The folder of true masks, or None where there is none."""
     folder = Path(config.data.root, config.data.truth).resolve()
     return folder if folder.is_dir() else None
 
 
-def spread(items, count):
+def spread(items: Sequence, count: int) -> list:
     """`count` of the items, evenly spaced."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def confusion(truth, labels, num_labels):
+def confusion(truth: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
     """Pixels by true and given label: (num_labels, num_labels + 1) int64; void in the truth is left out, void in
     the given labels counts in the last column, as a mistake. Both (H, W) uint8.
     """
@@ -503,7 +505,8 @@ def confusion(truth, labels, num_labels):
     return np.bincount(pairs, minlength=num_labels * (num_labels + 1)).reshape(num_labels, num_labels + 1)
 
 
-def score_folders(config, split, folders, whole_boxes=None):
+def score_folders(config: SimpleNamespace, split: str, folders: dict[str, Path],
+                  whole_boxes: Callable | None = None) -> dict[str, dict]:
     """Scores of label images against the truth over a list: {name: folder of ID.png} -> {name: scores}.
 
     whole_boxes(boxes, labels, size) -> (H, W) uint8, if given, is scored too, as `box`.
@@ -527,7 +530,7 @@ def score_folders(config, split, folders, whole_boxes=None):
     return {name: scores(m, names, config) for name, m in matrices.items() if name != "box" or whole_boxes}
 
 
-def scores(matrix, names, config):
+def scores(matrix: np.ndarray, names: list[str], config: SimpleNamespace) -> dict:
     """Of one confusion matrix over a whole split, in per cent: IoU = right / (true + given - right) of each label,
     None where it is neither true nor given; their mean; the mean over run.mean_over; pixel and mean accuracy.
     """
@@ -547,7 +550,7 @@ def scores(matrix, names, config):
     return result
 
 
-def show(title, columns):
+def show(title: str, columns: dict[str, dict]) -> None:
     """A table on screen: columns name -> scores; IoU of each label, then the means."""
     def row(name, values):
         cells = "".join("       -" if v is None else f"{v:8.1f}" for v in values)
@@ -566,14 +569,15 @@ def show(title, columns):
 # ---------------------------------------------------------------- training
 
 
-def rate(settings, iteration):
+def rate(settings: Training, iteration: int) -> float:
     """Factor on the learning rate at an iteration."""
     if settings.drop_at:
         return 0.1 if iteration >= settings.drop_at else 1.0
     return (1 - iteration / settings.iterations) ** settings.poly
 
 
-def train(config, script, settings, network, dataset, losses, **inputs):
+def train(config: SimpleNamespace, script: str, settings: Training, network: models.Network,
+          dataset: datasets.VOCDataset, losses: Callable, **inputs: object) -> None:
     """Train `network` with SGD and write its checkpoint (cls.pt or seg.pt).
 
     losses(network, batch) -> dict of scalars over the whole batch, of which each rank holds a part (see `group`),
@@ -583,7 +587,7 @@ def train(config, script, settings, network, dataset, losses, **inputs):
     """
     path = config.path / {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
     partial = path.with_name(f"{path.name}.partial")
-    state = dict(settings=made_with(config, script, "data.train", "run.seed") | inputs, iteration=0)
+    state: dict = dict(settings=made_with(config, script, "data.train", "run.seed") | inputs, iteration=0)
     if path.exists() and not partial.exists():
         before = read_checkpoint(path).get("settings", {})
         if before == state["settings"]:
@@ -600,7 +604,7 @@ def train(config, script, settings, network, dataset, losses, **inputs):
         network.parameter_groups(settings.lr, settings.decay, settings.new_lr, settings.double_bias),
         lr=settings.lr, momentum=settings.momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(settings, i))
-    parts = dict(model=network, optimizer=optimizer, schedule=schedule)
+    parts: dict = dict(model=network, optimizer=optimizer, schedule=schedule)
     if rank():
         torch.manual_seed(config.run.seed + rank())  # each draws a dropout of its own
     if partial.exists():
@@ -612,7 +616,7 @@ def train(config, script, settings, network, dataset, losses, **inputs):
 
     weights = datasets.balance_weights(dataset) if settings.balance else None
     stream = datasets.Stream(dataset, settings.iterations * settings.batch, config.run.seed, weights)
-    batches = [range(first, first + settings.batch)[rank()::processes()]
+    batches = [list(range(first, first + settings.batch)[rank()::processes()])
                for first in range(state["iteration"] * settings.batch, len(stream), settings.batch)]
     # A generator of its own: the loader draws from it on its start, which must not shift the dropout of a resumed run.
     loader = DataLoader(stream, batch_sampler=batches, num_workers=config.run.workers, collate_fn=datasets.collate,
@@ -651,7 +655,7 @@ def train(config, script, settings, network, dataset, losses, **inputs):
     print(f"{path}: {settings.iterations} iterations, seed {config.run.seed}")
 
 
-def read_losses(script, unread):
+def read_losses(script: str, unread: list) -> dict[str, float]:
     """The last of these losses as numbers; all are checked. Only here does training wait for the device."""
     table = torch.stack([torch.stack([v.float() for v in values.values()]) for _, _, values in unread]).tolist()
     names = list(unread[0][2])
@@ -663,7 +667,7 @@ def read_losses(script, unread):
     return {name: round(value, 5) for name, value in zip(names, table[-1])}
 
 
-def random_states(config):
+def random_states(config: SimpleNamespace) -> list[list[torch.Tensor]]:
     """Of each rank: its CPU's generator, and its GPU's where the run is on one: dropout draws from it."""
     states = [torch.get_rng_state()]
     states += [torch.cuda.get_rng_state(config.device)] if config.device.type == "cuda" else []
@@ -673,7 +677,7 @@ def random_states(config):
     return of_all
 
 
-def resume(config, partial, state, parts):
+def resume(config: SimpleNamespace, partial: Path, state: dict, parts: dict) -> None:
     try:
         saved = torch.load(partial, map_location="cpu", weights_only=True)
         if saved["settings"] != state["settings"] and config.run.overwrite:

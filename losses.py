@@ -10,6 +10,8 @@ and the result is a scalar, with a group that of the whole batch. A mean over no
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 class Pixels(torch.autograd.Function):
@@ -44,13 +46,13 @@ class Pixels(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def read_pixels(cosine, labels, temperature, ignore_index):
+def read_pixels(cosine: Tensor, labels: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, ...]:
     """Pixels in float32 at least: a sum of exponentials in half precision would lose the small ones."""
     cosine = cosine.to(torch.promote_types(cosine.dtype, torch.float32))
     return Pixels.apply(cosine, labels, temperature, ignore_index)
 
 
-def agreement(y_crf, y_ret, ignore_index):
+def agreement(y_crf: Tensor, y_ret: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The masks of S and ~S: (N, H, W) bool."""
     known = (y_crf != ignore_index) & (y_ret != ignore_index)
     return known & (y_crf == y_ret), known & (y_crf != y_ret)
@@ -73,7 +75,7 @@ class Total(torch.autograd.Function):
         return gradient, None
 
 
-def weighted_mean(values, weights, group=None):
+def weighted_mean(values: Tensor, weights: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """sum weights values / sum weights; 0 where all weights are 0. The sums run over the whole group, and so does
     their gradient: DistributedDataParallel's mean of it over the processes is that of the whole batch.
     """
@@ -83,7 +85,8 @@ def weighted_mean(values, weights, group=None):
     return above / torch.where(below > 0, below, 1)
 
 
-def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20.0, ignore_index=255, group=None):
+def noise_aware_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor, gamma: float = 7.0, weight: float = 0.1,
+                     temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
     """L = L_ce + weight * L_wce: trust Y_crf where Y_ret agrees, elsewhere as far as the classifier does.
 
         L_ce   = - mean over S of log H_{Y_crf(p)}(p)
@@ -100,20 +103,23 @@ def noise_aware_loss(cosine, y_crf, y_ret, gamma=7.0, weight=0.1, temperature=20
     return weighted_mean(ce, same, group) + weight * weighted_mean(ce, sigma, group)
 
 
-def cross_entropy(cosine, labels, temperature=20.0, ignore_index=255, group=None):
+def cross_entropy(cosine: Tensor, labels: Tensor,
+                  temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
     """- mean over the pixels that have a label of log H_label(p)."""
     ce, _, _ = read_pixels(cosine, labels, temperature, ignore_index)
     return weighted_mean(ce, labels != ignore_index, group)
 
 
-def agreement_loss(cosine, y_crf, y_ret, temperature=20.0, ignore_index=255, group=None):
+def agreement_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
+                   temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
     """L_ce alone: ~S is left out."""
     same, _ = agreement(y_crf, y_ret, ignore_index)
     ce, _, _ = read_pixels(cosine, y_crf, temperature, ignore_index)
     return weighted_mean(ce, same, group)
 
 
-def entropy_loss(cosine, y_crf, y_ret, weight=0.1, temperature=20.0, ignore_index=255, group=None):
+def entropy_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor, weight: float = 0.1,
+                 temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
     """L_ce + weight * mean over ~S of the entropy - sum_c H_c log H_c (Grandvalet and Bengio, 2004)."""
     _, differ = agreement(y_crf, y_ret, ignore_index)
     log_h = F.log_softmax(temperature * cosine.to(torch.promote_types(cosine.dtype, torch.float32)), 1)
@@ -122,7 +128,8 @@ def entropy_loss(cosine, y_crf, y_ret, weight=0.1, temperature=20.0, ignore_inde
     return ce + weight * weighted_mean(entropy, differ, group)
 
 
-def bootstrap_loss(cosine, y_crf, y_ret, weight=0.1, beta=0.8, temperature=20.0, ignore_index=255, group=None):
+def bootstrap_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor, weight: float = 0.1, beta: float = 0.8,
+                   temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
     """L_ce + weight * mean over ~S of - (beta log H_{Y_crf} + (1 - beta) log max_c H_c): hard bootstrapping,
     which mixes the label with the network's own answer (Reed et al., 2015).
     """

@@ -1,0 +1,95 @@
+"""Every command of the README, in its order, on small sets in the layouts that it speaks of.
+
+The commands run as they stand; only settings that make them quick come after them.
+"""
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import datasets
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+QUICK = {
+    "train_cls": "train_cls.iterations=2 train_cls.batch=2 train_cls.crop=65",
+    "train_seg": "train_seg.iterations=2 train_seg.batch=2 train_seg.crop=65",
+    "common": "run.workers=0 run.log_every=1 make_labels.crf_iterations=1 eval.crf_iterations=1",
+}
+NARROW = {"shapes": "train_cls.width=0.0625 train_seg.width=0.0625",
+          "voc_vgg16": "train_cls.width=0.0625 train_seg.width=0.0625 train_cls.weights=none train_seg.weights=none",
+          "voc_resnet101": "train_cls.width=0.0625 train_cls.weights=none train_seg.weights=none",
+          "voc_cpu": "train_cls.weights=none train_seg.weights=none"}
+ELSEWHERE = {  # begins with -> where it is tested, or why not
+    "make ": "test_make", "python datasets.py download": "fetches gigabytes; test_datasets tests the merging",
+    "python benchmarks/speed.py": "takes minutes; run by hand", "python benchmarks/ablations.py": "test_ablations",
+    "pip install": "requirements-dev.txt", "torchrun": "test_torchrun"}
+
+
+def commands():
+    """Of code blocks and of `inline code`, in the order of the text."""
+    found = []
+    for block, inline in re.findall(r"```\n(.*?)```|`((?:python|torchrun|make|pip) [^`]*)`", README, re.S):
+        found += [line.split("  #")[0].strip() for line in (block or inline).replace("\\\n", " ").splitlines()]
+    return [line for line in found if re.match(r"(python|torchrun|make|pip) ", line)]
+
+
+def is_elsewhere(command):
+    return any(command.startswith(start) for start in ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    datasets.make_shapes(folder / "data/shapes", train=8, val=4)
+    devkit = folder / "FOLDER"
+    shutil.copytree(folder / "data/shapes", devkit)
+    for path in (devkit / "Annotations").iterdir():
+        for shape, name in zip(datasets.SHAPES, datasets.VOC_CLASSES):
+            path.write_text(path.read_text().replace(f"<name>{shape}</name>", f"<name>{name}</name>"))
+    lists = devkit / "ImageSets/Segmentation"
+    for name, source in (("train_aug", "train"), ("test", "val")):
+        shutil.copy(lists / f"{source}.txt", lists / f"{name}.txt")
+        shutil.copy(lists / f"{source}.txt", folder / f"data/shapes/ImageSets/Segmentation/{name}.txt")
+    (folder / "data/VOCdevkit").mkdir()
+    (folder / "data/VOCdevkit/VOC2012").symlink_to(devkit)
+    (folder / "photos").mkdir()
+    for path in sorted((devkit / "JPEGImages").iterdir())[:2]:
+        shutil.copy(path, folder / "photos")
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not is_elsewhere(c)])
+def test_command(work, monkeypatch, capsys, command):
+    monkeypatch.chdir(work)
+    _, script, *arguments = shlex.split(command)
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    if script != "datasets.py":
+        config = next((Path(a).stem for a in arguments if a.endswith(".yaml")), "shapes")
+        arguments += " ".join([*QUICK.values(), NARROW[config]]).split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, capsys.readouterr().err
+    assert capsys.readouterr().out
+
+
+def test_make():
+    """`make demo` is the four commands; `make test` is this."""
+    targets = {"demo": [f"{stage}.py" for stage in ("train_cls", "make_labels", "train_seg", "eval")],
+               "test": ["pytest tests"]}
+    for command in (c for c in commands() if c.startswith("make ")):
+        said = subprocess.run(["make", "-n", command.split()[1]], cwd=ROOT, capture_output=True, text=True).stdout
+        assert all(step in said for step in targets[command.split()[1]])
+
+
+def test_every_command_is_found():
+    """A block in another style would go untested."""
+    assert len(commands()) > 25 and not re.search(r"```(bash|sh|console)", README)

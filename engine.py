@@ -40,6 +40,7 @@ POSITIVE = {"train_cls.scale": 2, "train_seg.scale": 2, "make_labels.crf_bilater
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 GO_ON = "the same command goes on from there"
 SCRIPTS = ("train_cls", "make_labels", "train_seg", "eval")
+event_writers: dict = {}  # of this process: folder of a stage -> TensorBoard's writer
 MADE_BY = {"cls.pt": "train_cls.py", "labels": "make_labels.py", "seg.pt": "train_seg.py"}
 
 
@@ -243,7 +244,7 @@ def run(script, main):
             raise
     else:
         return
-    print(f"{script}.py: {line}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     if status != 2:  # at the interpreter's own end a pool that broke, or was interrupted, may wait forever
         os._exit(status)
     sys.exit(status)
@@ -329,10 +330,27 @@ def claim(config, folder, settings, source):
 
 
 def log(config, **values):
-    """One more line of runs/NAME/metrics.jsonl."""
+    """One more line of runs/NAME/metrics.jsonl; its numbers to TensorBoard too, where that is installed."""
     config.path.mkdir(parents=True, exist_ok=True)
     with open(config.path / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+    show_tensorboard((config.path / "tensorboard" / values["stage"]).resolve(), **values)
+
+
+def show_tensorboard(folder, iteration=None, **values):
+    """Scalars named by the words in values, such as train_cls/loss or eval/val/plain/miou."""
+    if folder not in event_writers:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        # What a killed or renewed run repeats shows once: TensorBoard drops what the folder has from that step on.
+        event_writers[folder] = SummaryWriter(folder, purge_step=iteration)
+    words = [value for value in values.values() if isinstance(value, str)]
+    for name, value in values.items():
+        if not isinstance(value, str):
+            event_writers[folder].add_scalar("/".join((*words, name)), value, iteration or 0)
+    event_writers[folder].flush()
 
 
 def read_checkpoint(path):

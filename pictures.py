@@ -191,7 +191,7 @@ def draw_iou(config, split):
     axes.set(title=f"IoU, %, {split}", xlim=(0, 100), ylim=(len(names) - 0.4, -0.6))  # the first label on top
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center")
     save(config.path / "iou.png", png_of(figure), f"IoU on {split}: {'; '.join(columns)}")
 
 

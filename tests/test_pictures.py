@@ -69,6 +69,9 @@ def test_heat_is_half_of_each_pixel():
     assert found[0, 2].tolist() == [34, 6, 44]
     assert found[1, 0].tolist() == [50, 50, 52] and found[1, 1].tolist() == [176, 177, 132]
     assert found[1, 2].tolist() == [38, 38, 40]
+    # 204 lies at 1/5 of the way from (249, 142, 9) to (252, 255, 164), 128 just beyond (188, 55, 84).
+    found = np.array(pictures.heat_map(np.zeros((1, 2, 3), np.uint8), np.array([[204, 128]], np.uint8)))[0]
+    assert found.tolist() == [[124, 82, 20], [94, 27, 41]]
 
 
 def test_more_heat_is_brighter():

@@ -44,6 +44,7 @@ POSITIVE = {"train_cls.scale": 2, "train_seg.scale": 2, "make_labels.crf_bilater
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 GO_ON = "the same command goes on from there"
 SCRIPTS = ("train_cls", "make_labels", "train_seg", "eval")
+event_writers: dict = {}  # of this process: folder of a stage -> TensorBoard's writer
 MADE_BY = {"cls.pt": "train_cls.py", "labels": "make_labels.py", "seg.pt": "train_seg.py"}
 
 
@@ -254,7 +255,7 @@ def run(script: str, main: Callable[[SimpleNamespace], object]) -> None:
             dist.destroy_process_group()
         return
     whose = f"rank {rank()}: " if dist.is_initialized() else ""
-    print(f"{script}.py: {whose}{line}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {whose}{line}", file=sys.stderr, flush=True)
     # At the interpreter's own end a pool that broke or was interrupted, or the other ranks, may wait forever.
     if status != 2 or dist.is_initialized():
         os._exit(status)
@@ -390,13 +391,31 @@ def make_ready(config: SimpleNamespace, folder: Path, now: dict) -> None:
     write_json(stamp, now)
 
 
-def log(config, **values):
-    """One more line of runs/NAME/metrics.jsonl."""
+def log(config: SimpleNamespace, stage: str, iteration: int | None = None, **values: float | str) -> None:
+    """One more line of runs/NAME/metrics.jsonl; its numbers to TensorBoard too, where that is installed."""
     if rank():
         return
     config.path.mkdir(parents=True, exist_ok=True)
+    line = dict(time=round(time.time(), 3), stage=stage) | ({} if iteration is None else dict(iteration=iteration))
     with open(config.path / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+        file.write(json.dumps(line | values) + "\n")
+    show_tensorboard((config.path / "tensorboard" / stage).resolve(), stage, iteration, values)
+
+
+def show_tensorboard(folder: Path, stage: str, iteration: int | None, values: dict[str, float | str]) -> None:
+    """Scalars named by the words in values, such as train_cls/loss or eval/val/plain/miou."""
+    if folder not in event_writers:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        # What a killed or renewed run repeats shows once: TensorBoard drops what the folder has from that step on.
+        event_writers[folder] = SummaryWriter(folder, purge_step=iteration)
+    words = [stage, *(value for value in values.values() if isinstance(value, str))]
+    for name, value in values.items():
+        if not isinstance(value, str):
+            event_writers[folder].add_scalar("/".join((*words, name)), value, iteration or 0)
+    event_writers[folder].flush()
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -640,7 +659,7 @@ def train(config: SimpleNamespace, script: str, settings: Training, network: mod
             unread.clear()
         if logs:
             progress.set_postfix(loss=values["loss"], lr=f"{schedule.get_last_lr()[0]:.2g}")
-            log(config, stage=script, iteration=iteration, lr=schedule.get_last_lr()[0], **values)
+            log(config, stage=script, iteration=iteration, lr=float(schedule.get_last_lr()[0]), **values)
         if saves:
             state |= dict(iteration=iteration, random=random_states(config))
             state |= {key: part.state_dict() for key, part in parts.items()}

@@ -5,8 +5,8 @@
     python eval.py 'images=photos/*.jpg'
     python eval.py split=test submit=results.tgz
 
-Reads data.root and runs/NAME/seg.pt; writes runs/NAME/eval.json, predictions/METHOD/ID.png and panels.png; of images,
-pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archive that VOC's evaluation server takes.
+Reads data.root and runs/NAME/seg.pt; writes runs/NAME/eval.json, predictions/METHOD/ID.png and what pictures.py draws;
+of images, pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archive that VOC's evaluation server takes.
 """
 import glob
 import io
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Subset
 
 import datasets
 import engine
 import models
+import pictures
 from crf import dense_crf
 
 
@@ -40,7 +40,7 @@ class Settings:
     crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
     crf_iterations: int = 10
     crf_margin: float = 3.0  # a label whose log probability nowhere comes this near the highest is left out of the CRF
-    panels: int = 8  # rows of panels.png
+    panels: int = 8  # rows of panels.png; 0: none is drawn
     photos: bool = True  # false: panels.png without the images, where they may not be shown
 
 
@@ -127,27 +127,6 @@ def predict_split(config, network, dataset, folder):
         datasets.write_mask(folder / f"{name}.png", labels)
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def outlined(image, boxes, labels):
-    """The image with its boxes in their labels' colours."""
-    picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=tuple(datasets.palette()[label].tolist()), width=2)
-    return picture
-
-
-def write_overlays(config, pictures, folder):
-    """NAME_overlay.png: the picture, with the labels' colours over the objects."""
-    for name, path in pictures.paths.items():
-        image, labels = datasets.read_image(path), datasets.read_mask(folder / f"{name}.png", datasets.VOID)
-        mixed = np.where(labels[..., None] > 0, image // 2 + datasets.palette()[labels] // 2, image)
-        datasets.write(folder / f"{name}_overlay.png", datasets.png(Image.fromarray(mixed)))
-    print(f"{folder}: labels and overlays of {len(pictures)} pictures")
-
-
 def write_submission(config, ids, folder):
     """The predictions where VOC's server looks for them: results/VOC2012/Segmentation/comp6_test_cls/ID.png."""
     buffer = io.BytesIO()
@@ -156,57 +135,6 @@ def write_submission(config, ids, folder):
             archive.add(folder / f"{name}.png", f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png")
     datasets.write(config.eval.submit, buffer.getvalue())
     print(f"{config.eval.submit}: predictions of {len(ids)} images, {method(config.eval)}")
-
-
-def panel(config, name):
-    """One image's row: pictures by title; None where a stage has not written its part."""
-    root, folder = Path(config.data.root), config.path
-    image = datasets.read_image(root / "JPEGImages" / f"{name}.jpg")
-    annotation = root / "Annotations" / f"{name}.xml"
-    if not config.eval.photos:
-        image = np.full_like(image, 224)
-    num_labels = 1 + len(config.data.classes)
-
-    def labels(path):
-        return datasets.read_mask(path, num_labels) if path.exists() else None
-
-    def coloured(mask):
-        return None if mask is None else Image.fromarray(datasets.palette()[mask])
-
-    y_crf, y_ret = (labels(folder / "labels" / kind / f"{name}.png") for kind in ("Ycrf", "Yret"))
-    u0 = folder / "labels" / "u0" / f"{name}.png"
-    differ = None if y_crf is None or y_ret is None else Image.fromarray((y_crf != y_ret) * np.uint8(255))
-    truth = engine.true_masks(config)
-    return {
-        "boxes": outlined(image, *datasets.read_annotation(annotation, config.data.classes)[:2])
-                 if annotation.exists() else Image.fromarray(image),
-        "attention u0": Image.open(u0) if u0.exists() else None,
-        "Ycrf": coloured(y_crf), "Yret": coloured(y_ret), "Ycrf != Yret": differ,
-        "truth": coloured(labels(truth / f"{name}.png")) if truth else None,
-        "prediction": coloured(labels(prediction_folder(config) / f"{name}.png")),
-    }
-
-
-def draw_panels(config, ids, width=180, gap=6, header=22):
-    """runs/NAME/panels.png: one row an image, evenly spaced over the list."""
-    rows = [panel(config, name) for name in engine.spread(ids, config.eval.panels)]
-    heights = [round(row["boxes"].height * width / row["boxes"].width) for row in rows]
-    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, header + sum(heights) + gap * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    top = header
-    for number, (row, height) in enumerate(zip(rows, heights)):
-        for column, (title, picture) in enumerate(row.items()):
-            left = gap + column * (width + gap)
-            if number == 0:
-                draw.text((left + width // 2, header // 2), title, "black", ImageFont.load_default(14), anchor="mm")
-            if picture is not None:
-                smooth = title in ("boxes", "attention u0")
-                resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-                sheet.paste(picture.convert("RGB").resize((width, height), resample), (left, top))
-        top += height + gap
-    path = config.path / "panels.png"
-    datasets.write(path, datasets.png(sheet))
-    print(f"{path}: boxes, labels and predictions of {len(rows)} images")
 
 
 def summary(config, split, results):
@@ -248,7 +176,7 @@ def main(config):
     if engine.rank():
         return
     if s.images:
-        return write_overlays(config, dataset, folder)
+        return pictures.write_overlays(dataset.paths, folder)
     if s.submit:
         return write_submission(config, dataset.ids, folder)
     if result:
@@ -260,8 +188,7 @@ def main(config):
         engine.log(config, stage="eval", split=split, method=method(s), miou=result["miou"])
         engine.show(f"segmenter on {split}, {len(dataset)} images, {method(s)}", {"IoU": result})
         summary(config, split, results)
-    if s.panels:
-        draw_panels(config, dataset.ids)
+    pictures.draw(config, split, dataset.ids, folder)
 
 
 if __name__ == "__main__":

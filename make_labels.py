@@ -3,8 +3,8 @@
     python make_labels.py [CONFIG.yaml] [key=value ...]
 
 Reads data.root and runs/NAME/cls.pt; writes runs/NAME/labels/Ycrf/ID.png and Yret/ID.png for the lists data.train
-and data.val, u0/ID.png for a few of them, and scores.json where data.truth holds true masks. Images that have their
-labels already are skipped.
+and data.val, and scores.json where data.truth holds true masks; for a few images u0/ID.png and cam/ID.png, the highest
+u_c of each pixel, before the CRF. Images that have their labels already are skipped.
 """
 import math
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class Settings:
     crf_bilateral: list[float] = field(default_factory=lambda: [4.0, 55.0, 3.0])  # weight, pixels, colour
     crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
     crf_iterations: int = 10
-    pictures: int = 8  # images of each list whose u0 is kept as a picture
+    pictures: int = 8  # images of each list whose u0 and u_c are kept as pictures
 
 
 def region(box):
@@ -126,7 +126,9 @@ def prepare(config, network, sample):
     probabilities = unaries(attention, maps, outside, s)
     crf = (image.permute(1, 2, 0).numpy(), probabilities.cpu().numpy(),
            tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations)
-    return (sample["id"], up, outside, boxes, labels, classes, attention.cpu()), crf
+    highest = torch.stack((torch.zeros_like(attention), *maps)).amax(0)  # of no classes: 0
+    heat = (torch.stack((attention, highest)) * 255).byte().cpu()
+    return (sample["id"], up, outside, boxes, labels, classes, heat), crf
 
 
 @torch.inference_mode()
@@ -146,7 +148,8 @@ def label_split(config, network, split, dataset):
     pictures = set(engine.spread(dataset.ids, s.pictures))
 
     def files(name):
-        return [folder / kind / f"{name}.png" for kind in ("Ycrf", "Yret", *["u0"] * (name in pictures))]
+        kinds = ("Ycrf", "Yret", "u0", "cam") if name in pictures else ("Ycrf", "Yret")
+        return [folder / kind / f"{name}.png" for kind in kinds]
 
     mine = engine.share(len(dataset))
     left = [i for i in mine if not all(path.exists() for path in files(dataset.ids[i]))]
@@ -155,12 +158,11 @@ def label_split(config, network, split, dataset):
     tasks = (prepare(config, network, sample) for sample in bar)
     for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks):
         labels = finish(network, prepared, marginals)
-        name, attention = prepared[0], prepared[-1]
-        for path, y in zip(files(name), labels):
+        paths, heat = files(prepared[0]), prepared[-1]
+        for path, y in zip(paths, labels):
             datasets.write_mask(path, y)
-        if name in pictures:
-            grey = Image.fromarray((attention * 255).byte().numpy())
-            datasets.write(files(name)[2], datasets.png(grey))
+        for path, grey in zip(paths[2:], heat.numpy()):
+            datasets.write(path, datasets.png(Image.fromarray(grey)))
 
 
 def main(config):

@@ -1,4 +1,4 @@
-"""Prediction by views, the choice of labels for the CRF, and the pictures."""
+"""Prediction by views, and the choice of labels for the CRF."""
 import numpy as np
 import pytest
 import torch
@@ -72,9 +72,3 @@ def test_labels_that_cannot_win_are_left_out_of_the_crf():
 ])
 def test_the_method_is_named(settings, name):
     assert evaluation.method(evaluation.Settings(**settings)) == name
-
-
-def test_boxes_are_drawn_on_their_own_pixels():
-    picture = evaluation.outlined(np.zeros((20, 30, 3), np.uint8), torch.tensor([[2.0, 3, 12, 15]]), torch.tensor([1]))
-    drawn = np.argwhere(np.array(picture).any(2))
-    assert drawn.min(0).tolist() == [3, 2] and drawn.max(0).tolist() == [14, 11]

@@ -1,0 +1,267 @@
+"""Heat maps, panels, curves and bars: drawn of what a run has, at the right places, from the right numbers."""
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_labels import HEIGHT, WIDTH, literal_maps, literal_u0, scene
+
+import datasets
+import engine
+import make_labels
+import models
+import pictures
+
+SMALL = ["train_cls.width=0.0625", "run.workers=0", "make_labels.crf_iterations=1", "make_labels.pictures=1"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder with a run of which an untrained stage 1 is all there is."""
+    folder = tmp_path_factory.mktemp("run")
+    datasets.make_shapes(folder / "data/shapes", train=2, val=2)
+    network = models.BoxClassifier(len(datasets.SHAPES), "vgg16_bn", "none", 0.0625, 0.0)
+    engine.save(folder / "runs/shapes/cls.pt", dict(network=dict(backbone="vgg16_bn", width=0.0625),
+                                                    classes=list(datasets.SHAPES), model=network.state_dict()))
+    return folder
+
+
+@pytest.fixture
+def folder(first, tmp_path, monkeypatch):
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(monkeypatch, main, *arguments):
+    script = Path(sys.modules[main.__module__].__file__).name
+    monkeypatch.setattr(sys, "argv", [script, *SMALL, *arguments])
+    engine.run("eval" if main is pictures.main else script[:-3], main)
+
+
+def drawn(folder):
+    return {path.name for path in (folder / "runs/shapes").glob("*.png")}
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_boxes_are_drawn_on_their_own_pixels():
+    picture = pictures.outlined(np.zeros((20, 30, 3), np.uint8), torch.tensor([[2.0, 3, 12, 15]]), torch.tensor([1]))
+    found = np.argwhere(np.array(picture).any(2))
+    assert found.min(0).tolist() == [3, 2] and found.max(0).tolist() == [14, 11]
+
+
+def test_heat_is_half_of_each_pixel():
+    image = np.zeros((2, 3, 3), np.uint8)
+    image[1] = 100  # grey
+    image[1, 2] = 255, 0, 0  # a luminance of 76
+    heat = np.array([[0, 255, 51], [0, 255, 0]], np.uint8)
+    found = np.array(pictures.heat_map(image, heat)).astype(int)
+    assert found[0, 0].tolist() == [0, 0, 2] and found[0, 1].tolist() == [126, 127, 82]
+    # 51 lies at 4/5 of the way from (0, 0, 4) to (87, 16, 110): half of (69.6, 12.8, 88.8).
+    assert found[0, 2].tolist() == [34, 6, 44]
+    assert found[1, 0].tolist() == [50, 50, 52] and found[1, 1].tolist() == [176, 177, 132]
+    assert found[1, 2].tolist() == [38, 38, 40]
+    # 204 lies at 1/5 of the way from (249, 142, 9) to (252, 255, 164), 128 just beyond (188, 55, 84).
+    found = np.array(pictures.heat_map(np.zeros((1, 2, 3), np.uint8), np.array([[204, 128]], np.uint8)))[0]
+    assert found.tolist() == [[124, 82, 20], [94, 27, 41]]
+
+
+def test_more_heat_is_brighter():
+    found = np.array(pictures.heat_map(np.zeros((1, 256, 3), np.uint8), np.arange(256, dtype=np.uint8)[None]))[0]
+    brightness = found @ np.array([0.299, 0.587, 0.114])
+    assert (np.diff(brightness) > -1).all() and brightness[255] - brightness[0] > 110  # 1: rounding of each colour
+
+
+@pytest.mark.parametrize("boxes, labels", [
+    (((3, 2, 14, 17), (10, 5, 28, 19), (4, 4, 9, 9)), (2, 1, 2)), ((), ())])
+def test_what_is_kept_of_attention_and_activation(boxes, labels):
+    up, dense, weight, boxes, labels, outside = scene(0, boxes, labels)
+    network = SimpleNamespace(features=lambda image: up.features.permute(2, 0, 1)[None],
+                              classifier=SimpleNamespace(weight=weight))
+    config = SimpleNamespace(make_labels=make_labels.Settings(), run=engine.Run(), device=torch.device("cpu"))
+    sample = {"id": "x", "image": torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8), "boxes": boxes, "labels": labels,
+              "background": outside[None].byte()}
+    prepared, _ = make_labels.prepare(config, network, sample)
+    u0, maps = literal_u0(dense, weight, outside, True), literal_maps(dense, weight, boxes, labels, True)
+    for found, expected in zip(prepared[-1], (u0, maps.amax(0) if len(maps) else torch.zeros(HEIGHT, WIDTH))):
+        assert found.dtype == torch.uint8
+        assert (found - 255 * expected).abs().max() < 1.01  # of 255; cut off, not rounded
+
+
+def test_kept_pictures_are_made_again_where_one_is_missing(folder, monkeypatch):
+    labels = folder / "runs/shapes/labels"
+    command(monkeypatch, make_labels.main)
+    files = {path.relative_to(labels): path.read_bytes() for path in labels.rglob("*.png")}
+    ids = {split: datasets.read_list("data/shapes", split) for split in ("train", "val")}
+    assert {str(path) for path in files} == {f"{kind}/{name}.png" for kind in ("Ycrf", "Yret") for name in sum(
+        ids.values(), [])} | {f"{kind}/{names[0]}.png" for kind in ("u0", "cam") for names in ids.values()}
+    cam = Image.open(labels / "cam" / f"{ids['val'][0]}.png")
+    assert cam.mode == "L" and cam.size == Image.open(f"data/shapes/JPEGImages/{ids['val'][0]}.jpg").size
+    (labels / "cam" / f"{ids['val'][0]}.png").unlink()  # as a kill, or an earlier version, leaves it
+    command(monkeypatch, make_labels.main)
+    assert files == {path.relative_to(labels): path.read_bytes() for path in labels.rglob("*.png")}
+    command(monkeypatch, make_labels.main, "pictures=2")
+    assert len(list((labels / "cam").iterdir())) == 4
+
+
+def test_a_run_without_labels_shows_boxes_and_truth(folder, monkeypatch, capsys):
+    command(monkeypatch, pictures.main)
+    assert drawn(folder) == {"panels.png"} and Image.open("runs/shapes/panels.png").width == 2 * 186 + 6
+    assert "boxes, truth of 2 images" in capsys.readouterr().out
+
+
+def test_a_run_with_labels_but_no_segmenter_and_no_truth(folder, monkeypatch, capsys):
+    command(monkeypatch, make_labels.main, "data.truth=none")
+    capsys.readouterr()
+    command(monkeypatch, pictures.main, "data.truth=none", "photos=false", "panels=1")
+    assert capsys.readouterr().out == ("runs/shapes/panels.png: boxes, attention u0, CAM u_c, Ycrf, Yret, Ycrf != Yret "
+                                       "of 1 images\n")
+    sheet, name = np.array(Image.open("runs/shapes/panels.png")), datasets.read_list("data/shapes", "val")[0]
+    assert sheet.shape[1] == 6 * 186 + 6
+    # The image's corner is outside every box, where u0 is 1 and every u_c is 0: yellow and black over the grey 224.
+    boxes = datasets.read_annotation(f"data/shapes/Annotations/{name}.xml", datasets.SHAPES)[0]
+    assert (boxes[:, :2].amin(0) > 4).all()
+    corner = (22 + 2, 6 + 2)
+    for column, colour in ((0, [224, 224, 224]), (1, [238, 239, 194]), (2, [112, 112, 114]), (3, [0, 0, 0])):
+        assert sheet[corner[0], corner[1] + 186 * column].tolist() == colour
+
+
+def test_what_is_wrong_with_a_run_is_one_line(folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, pictures.main, "name=elsewhere")
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.startswith("pictures.py: runs/elsewhere: no such run") and line.count("\n") == 1
+    assert not Path("runs/elsewhere").exists()
+    name = datasets.read_list("data/shapes", "val")[0]
+    datasets.write_mask(f"runs/shapes/labels/cam/{name}.png", np.zeros((3, 4)))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, pictures.main)
+    line = capsys.readouterr().err
+    assert line.startswith(f"pictures.py: runs/shapes/labels/cam/{name}.png: not of its image's size")
+    assert line.count("\n") == 1
+
+
+# ---------------------------------------------------------------- numbers
+
+
+METRICS = """
+{"time": 1, "stage": "train_cls", "iteration": 20, "loss": 9.0, "right_boxes": 0.1, "right_queries": 0.9}
+{"time": 1, "stage": "train_cls", "iteration": 40, "loss": 8.0, "right_boxes": 0.1, "right_queries": 0.9}
+{"time": 2, "stage": "train_cls", "iteration": 20, "loss": 3.0, "right_boxes": 0.2, "right_queries": NaN}
+{"time": 2, "stage": "train_cls", "iteration": 40, "loss": 2.5, "right_boxes": 0.3, "right_queries": 0.8}
+{"time": 2, "stage": "train_cls", "iteration": 60, "loss": 2.0, "right_boxes": 0.4, "right_queries": 0.9}
+{"time": 2, "stage": "train_cls", "itera
+{"time": 3, "stage": "train_cls", "iteration": 60, "loss": 1.5, "right_boxes": 0.5, "right_queries": 1.0}
+{"time": 3, "stage": "train_cls", "iteration": 80, "loss": 1.0, "right_boxes": 0.6, "right_queries": 1.0}
+{"time": 4, "stage": "make_labels", "split": "val", "box": 40.0, "Ycrf": 60.0, "Yret": 50.0}
+{"time": 5, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.7}
+{"time": 6, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.5}
+"""
+SCORES = {"val": {"images": 2, **{kind: {"miou": miou, "iou": {"background": 90.0, "bar": iou, "ring": None}}
+                                  for kind, miou, iou in (("box", 50, 10), ("Ycrf", 60, 30), ("Yret", 55, 20))}}}
+RESULTS = {"val, plain": {"split": "val", "method": "plain", "miou": 47.5, "iou": {"background": 80, "bar": 15,
+                                                                                  "ring": 0.0}},
+           "train, plain": {"split": "train", "method": "plain", "miou": 99, "iou": {}}}
+
+
+@pytest.fixture
+def numbers(folder):
+    """A run with numbers of three starts of stage 1: one overwritten, one killed after 60 and taken up again after
+    40, the last.
+    """
+    run = folder / "runs/shapes"
+    (run / "metrics.jsonl").write_text(METRICS.strip())
+    engine.write_json(run / "labels/scores.json", SCORES)
+    engine.write_json(run / "eval.json", RESULTS)
+    return folder
+
+
+def test_the_last_pass_of_a_stage(numbers):
+    path = Path("runs/shapes/metrics.jsonl")
+    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(path, "train_cls")] == [
+        (20, 3.0), (40, 2.5), (60, 1.5), (80, 1.0)]
+    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(path, "train_seg")] == [(20, 0.5)]
+    assert pictures.last_pass(Path("nothing"), "train_cls") == []
+
+
+def test_curves_and_bars_hold_these_numbers(numbers, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures, png_of = [], pictures.png_of
+    monkeypatch.setattr(pictures, "png_of", lambda figure: figures.append(figure) or png_of(figure))
+    command(monkeypatch, pictures.main)
+    assert drawn(numbers) == {"panels.png", "curves.png", "iou.png"}
+    curves, (bars,) = figures[0].axes, figures[1].axes
+    assert [axes.get_title() for axes in curves] == ["stage 1: loss", "stage 1: share classified right",
+                                                     "stage 3: loss"]
+    assert curves[0].lines[0].get_xydata().tolist() == [[20, 3], [40, 2.5], [60, 1.5], [80, 1]]
+    assert curves[1].lines[0].get_ydata().tolist() == [0.2, 0.3, 0.5, 0.6]
+    assert math.isnan(curves[1].lines[1].get_ydata()[0])
+    assert curves[2].lines[0].get_xydata().tolist() == [[20, 0.5]]
+    assert [group.get_label() for group in bars.containers] == ["Ycrf, mean 60.0", "Yret, mean 55.0",
+                                                                "segmenter, plain, mean 47.5"]
+    widths = [[bar.get_width() for bar in group] for group in bars.containers]
+    assert [w[:2] for w in widths] == [[90, 30], [90, 20], [80, 15]] and widths[2][2] == 0
+    assert all(math.isnan(w[2]) for w in widths[:2])
+    places = [[bar.get_y() + bar.get_height() / 2 for bar in group] for group in bars.containers]
+    assert [text.get_text() for text in bars.get_yticklabels()] == ["background", "bar", "ring"]
+    assert np.allclose(np.mean(places, 0), bars.get_yticks()) and bars.get_ylim()[0] > bars.get_ylim()[1]
+
+
+def test_figures_are_of_the_list_that_is_asked_for(numbers, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    engine.write_json(numbers / "runs/shapes/eval.json", {})
+    command(monkeypatch, pictures.main, "split=train", "panels=0")
+    assert drawn(numbers) == {"curves.png"}
+
+
+def test_without_matplotlib_one_line_says_so(numbers, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command(monkeypatch, pictures.main)  # no SystemExit: status 0
+    out, err = capsys.readouterr()
+    assert drawn(numbers) == {"panels.png"} and not err
+    assert [line for line in out.splitlines() if "matplotlib" in line] == [
+        "curves.png and iou.png are not drawn: they need matplotlib (pip install matplotlib)"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run's settings; no TensorBoard writer is open."""
+    monkeypatch.setattr(engine, "event_writers", {})
+    return SimpleNamespace(path=tmp_path / "runs" / "x")
+
+
+def test_tensorboard_gets_every_number(run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for iteration, loss in ((2, 9.0), (4, 8.0), (6, 7.0)):
+        engine.log(run, stage="train_cls", iteration=iteration, loss=loss)
+    engine.event_writers.clear()  # killed, and begun anew from iteration 3
+    engine.log(run, stage="train_cls", iteration=4, loss=1.0)
+    engine.log(run, stage="eval", split="val", method="plain", miou=47.5)
+
+    def scalars(stage, name):
+        events = accumulator.EventAccumulator(str(run.path / "tensorboard" / stage)).Reload()
+        return [(event.step, event.value) for event in events.Scalars(name)]
+
+    assert scalars("train_cls", "train_cls/loss") == [(2, 9.0), (4, 1.0)]
+    assert scalars("eval", "eval/val/plain/miou") == [(0, 47.5)]
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_without_tensorboard_nothing_changes(run, monkeypatch, capsys):
+    for name in [name for name in sys.modules if "tensorboard" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    engine.log(run, stage="train_cls", iteration=2, loss=9.0)
+    assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
+    assert json.loads((run.path / "metrics.jsonl").read_text())["loss"] == 9.0
+    assert capsys.readouterr() == ("", "")

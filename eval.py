@@ -150,15 +150,32 @@ def summary(config, split, results):
         print(f"  {title:<48}{value:6.1f}")
 
 
+def score(config, folder):
+    """A folder of label images against the truth: `labels=FOLDER`."""
+    split = config.eval.split or config.data.val
+    if not engine.true_masks(config):
+        raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
+    engine.show(f"{folder} on {split}", engine.score_folders(config, split, {"labels": Path(folder)}))
+
+
+def report(config, split, count, result):
+    """The segmenter's scores to eval.json, and on screen."""
+    path = config.path / "eval.json"
+    results = engine.read_json(path)
+    result = dict(split=split, images=count, method=method(config.eval), seed=config.run.seed, **result)
+    results[f"{split}, {result['method']}"] = result
+    engine.write_json(path, results)
+    engine.log(config, stage="eval", split=split, method=result["method"], miou=result["miou"])
+    engine.show(f"segmenter on {split}, {count} images, {result['method']}", {"IoU": result})
+    summary(config, split, results)
+
+
 def main(config):
     s = config.eval
-    split, truth = s.split or config.data.val, None if s.submit else engine.true_masks(config)
     if s.labels:
-        if not truth:
-            raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
-        columns = engine.score_folders(config, split, {"labels": Path(s.labels)})
-        engine.show(f"{s.labels} on {split}", columns)
-        return
+        return score(config, s.labels)
+    split = s.split or config.data.val
+    truth = None if s.submit or s.images else engine.true_masks(config)
     network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
     network = engine.load_network(config, "seg.pt", network, config.train_seg)
     dataset = Pictures(s.images) if s.images else datasets.VOCDataset(
@@ -170,9 +187,7 @@ def main(config):
     engine.claim(config, folder, settings, config.path / "seg.pt")
     predict_split(config, network, dataset, folder)
     engine.wait()
-    result = None
-    if truth and not s.images:
-        result = engine.score_folders(config, split, {"IoU": folder})["IoU"]
+    result = engine.score_folders(config, split, {"IoU": folder})["IoU"] if truth else None
     if engine.rank():
         return
     if s.images:
@@ -180,14 +195,7 @@ def main(config):
     if s.submit:
         return write_submission(config, dataset.ids, folder)
     if result:
-        path = config.path / "eval.json"
-        results = engine.read_json(path)
-        result = dict(split=split, images=len(dataset), method=method(s), seed=config.run.seed, **result)
-        results[f"{split}, {method(s)}"] = result
-        engine.write_json(path, results)
-        engine.log(config, stage="eval", split=split, method=method(s), miou=result["miou"])
-        engine.show(f"segmenter on {split}, {len(dataset)} images, {method(s)}", {"IoU": result})
-        summary(config, split, results)
+        report(config, split, len(dataset), result)
     pictures.draw(config, split, dataset.ids, folder)
 
 

@@ -295,6 +295,8 @@ def made_with(config, section, *others, without=()):
     """What decides a stage's results, as section.key -> value: its own settings, and those in common."""
     keys = [f"{section}.{k}" for k in asdict(getattr(config, section)) if k not in without]
     keys += ["data.root", "data.classes", "run.precision", *others]
+    # Only where they differ from the devkit's: of old, there were no others.
+    keys += [f"data.{k}" for k in ("images", "boxes") if getattr(config.data, k) != getattr(datasets.Settings, k)]
     return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in keys}
 
 
@@ -364,6 +366,13 @@ def load_network(config, name, network, settings):
 
 def autocast(config):
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.run.precision == "bf16")
+
+
+def open_data(config, split, boxes=True, **settings):
+    """The dataset of a list, from where section `data` of the settings says."""
+    data = config.data
+    return datasets.VOCDataset(data.root, split, data.classes, images=data.images, boxes=data.boxes if boxes else None,
+                               **settings)
 
 
 def read(config, dataset):
@@ -443,8 +452,8 @@ def score_folders(config, split, folders, whole_boxes=None):
     whole_boxes(boxes, labels, size) -> (H, W) uint8, if given, is scored too, as `box`.
     """
     names = ["background", *config.data.classes]
-    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=whole_boxes is not None,
-                                  masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
+    dataset = open_data(config, split, boxes=whole_boxes is not None,
+                        masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
     matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in ["box", *folders]}
     for sample in tqdm(read(config, dataset), f"scores {split}", dynamic_ncols=True):
         truth, *given = sample["masks"].numpy()

@@ -11,6 +11,7 @@ pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archive that VOC
 import glob
 import io
 import tarfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -158,11 +159,9 @@ def write_submission(config, ids, folder):
     print(f"{config.eval.submit}: predictions of {len(ids)} images, {method(config.eval)}")
 
 
-def panel(config, name):
+def panel(config, name, path, boxes):
     """One image's row: pictures by title; None where a stage has not written its part."""
-    root, folder = Path(config.data.root), config.path
-    image = datasets.read_image(root / "JPEGImages" / f"{name}.jpg")
-    annotation = root / "Annotations" / f"{name}.xml"
+    folder, image = config.path, datasets.read_image(path)
     if not config.eval.photos:
         image = np.full_like(image, 224)
     num_labels = 1 + len(config.data.classes)
@@ -178,8 +177,7 @@ def panel(config, name):
     differ = None if y_crf is None or y_ret is None else Image.fromarray((y_crf != y_ret) * np.uint8(255))
     truth = engine.true_masks(config)
     return {
-        "boxes": outlined(image, *datasets.read_annotation(annotation, config.data.classes)[:2])
-                 if annotation.exists() else Image.fromarray(image),
+        "boxes": outlined(image, *boxes) if boxes else Image.fromarray(image),
         "attention u0": Image.open(u0) if u0.exists() else None,
         "Ycrf": coloured(y_crf), "Yret": coloured(y_ret), "Ycrf != Yret": differ,
         "truth": coloured(labels(truth / f"{name}.png")) if truth else None,
@@ -187,9 +185,22 @@ def panel(config, name):
     }
 
 
-def draw_panels(config, ids, width=180, gap=6, header=22):
+def known_boxes(config, paths):
+    """{id: (boxes, labels)} of those images that have a sound annotation: a picture can do without."""
+    found = {}
+    with suppress(datasets.DataError):
+        read, _ = datasets.box_reader(Path(config.data.root, config.data.boxes), config.data.classes)
+        for name, path in paths.items():
+            with suppress(datasets.DataError):
+                found[name] = read(name, path)[:2]
+    return found
+
+
+def draw_panels(config, paths, width=180, gap=6, header=22):
     """runs/NAME/panels.png: one row an image, evenly spaced over the list."""
-    rows = [panel(config, name) for name in engine.spread(ids, config.eval.panels)]
+    paths = {name: paths[name] for name in engine.spread(list(paths), config.eval.panels)}
+    boxes = known_boxes(config, paths)
+    rows = [panel(config, name, path, boxes.get(name)) for name, path in paths.items()]
     heights = [round(row["boxes"].height * width / row["boxes"].width) for row in rows]
     sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, header + sum(heights) + gap * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -225,6 +236,8 @@ def summary(config, split, results):
 def main(config):
     s = config.eval
     split, truth = s.split or config.data.val, None if s.submit else engine.true_masks(config)
+    if not split and not s.images:
+        raise engine.UsageError("eval.split: no list to work on; set data.val, eval.split or eval.images")
     if s.labels:
         if not truth:
             raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
@@ -233,8 +246,8 @@ def main(config):
         return
     network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
     network = engine.load_network(config, "seg.pt", network, config.train_seg)
-    dataset = Pictures(s.images) if s.images else datasets.VOCDataset(
-        config.data.root, split, config.data.classes, boxes=False, masks=[truth] if truth else ())
+    dataset = Pictures(s.images) if s.images else engine.open_data(
+        config, split, boxes=False, masks=[truth] if truth else ())
     folder = prediction_folder(config)
     without = {"split", "labels", "images", "submit", "panels", "photos"}
     without |= {key for key in asdict(s) if key.startswith("crf_") and not s.crf}
@@ -255,8 +268,10 @@ def main(config):
         engine.log(config, stage="eval", split=split, method=method(s), miou=result["miou"])
         engine.show(f"segmenter on {split}, {len(dataset)} images, {method(s)}", {"IoU": result})
         summary(config, split, results)
+    else:
+        print(f"{folder}: labels of {len(dataset)} images; no true masks to score them with")
     if s.panels:
-        draw_panels(config, dataset.ids)
+        draw_panels(config, dataset.paths)
 
 
 if __name__ == "__main__":

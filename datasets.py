@@ -319,7 +319,7 @@ def _names_in_yaml(path):
                 raise ValueError
         names = yaml.safe_load(text)["names"]
         return [str(names[index]) for index in range(len(names))]  # a list, or a mapping from 0 on
-    except (yaml.YAMLError, ValueError, LookupError, TypeError):
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
         raise DataError(f"{path}: no class names; write names: [FIRST, SECOND]") from None
 
 

@@ -1,17 +1,22 @@
-"""Images with boxes in the PASCAL VOC devkit's layout: reading, augmentation, the shapes demo set, download.
+"""Images with boxes: reading, augmentation, a check of your own data, the shapes demo set, download.
 
     ROOT/JPEGImages/ID.jpg  Annotations/ID.xml  SegmentationClassAug/ID.png  ImageSets/Segmentation/LIST.txt
+
+is the PASCAL VOC devkit's layout. Boxes may also be YOLO's ID.txt or one COCO JSON file, and the folders any others.
 
 Section 4.1 of the paper (the data) and the augmentation of its training runs. The background mask M(p) of
 section 3.1 follows from the boxes, so no file holds it.
 
-    python datasets.py shapes=DIR       write the demo set
-    python datasets.py download=DIR     fetch VOC 2012 and SBD, and merge them: 10,582 images in train_aug
+    python datasets.py check ROOT       read your own data in full: counts, every fault, the settings for it
+    python datasets.py shapes DIR       write the demo set
+    python datasets.py download DIR     fetch VOC 2012 and SBD, and merge them: 10,582 images in train_aug
 """
 import difflib
 import io
+import json
 import math
 import os
+import re
 import reprlib
 import shutil
 import sys
@@ -33,6 +38,10 @@ from tqdm import tqdm
 
 VOID = 255
 MOST_PIXELS = 50_000_000  # of one image: more is taken for a decompression bomb
+LEAST_SIDE = 0.01  # pixels of a box: of a thinner one float32 may see nothing
+MOST_JSON = 2 ** 30  # bytes of a COCO file
+MIN_BACKGROUND = 0.125  # share at or under which models.BAP pools an image plainly
+ENDINGS = ".jpg", ".jpeg", ".png", ".bmp", ".webp"  # of images, in any case
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
                "tvmonitor")
@@ -42,14 +51,25 @@ class DataError(ValueError):
     """A fault of the user's data. One line: the file or key, what is wrong with it, the way out."""
 
 
+def _stop(error):
+    """What readers do with a fault, unless they are told to report it and go on."""
+    raise error
+
+
+def _skip(error):
+    """Somebody else reports it."""
+
+
 @dataclass
 class Settings:
     """Section `data` of the YAML file."""
-    root: str = "data/shapes"  # folder in the VOC devkit's layout
+    root: str = "data/shapes"  # folder that holds all of the following
+    images: str = "JPEGImages"  # folder of images; an image's id is its file's name without the ending
+    boxes: str = "Annotations"  # folder of VOC's ID.xml or of YOLO's ID.txt, or a COCO JSON file
     shapes: bool = False  # write the shapes demo set to root when root does not exist
     classes: list[str] = field(default_factory=lambda: list(VOC_CLASSES))  # labels 1, 2, ...; 0 is background
-    train: str = "train_aug"  # list under ImageSets/Segmentation that the networks learn from
-    val: str = "val"  # list of unseen images
+    train: str = "train_aug"  # list under ImageSets/Segmentation to learn from; all: every image, without a list
+    val: str = "val"  # list of unseen images, or none
     truth: str = "SegmentationClassAug"  # folder of the true masks: for scores, and for the images of `masks`
     masks: str = ""  # list of images whose true masks stage 3 may see (semi-supervised); none: boxes alone
 
@@ -63,13 +83,7 @@ def read_list(root, split, folder="ImageSets/Segmentation"):
     path = Path(root, folder, f"{split}.txt")
     if Path(split).name != split:
         raise DataError(f"{split!r} is not the name of a list; it stands in {Path(root, folder)}, without .txt")
-    _check_file("list", path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot read this list of images ({type(error).__name__}); "
-                        "write one id a line") from None
-    counts = Counter(line.strip() for line in lines if line.strip())
+    counts = Counter(line.strip() for line in _read_lines("list", path) if line.strip())
     if not counts:
         raise DataError(f"{path}: an empty list; write one image id a line")
     for name, count in counts.items():
@@ -78,6 +92,51 @@ def read_list(root, split, folder="ImageSets/Segmentation"):
         if count > 1:
             raise DataError(f"{path}: {reprlib.repr(name)} stands in it {count} times; keep one")
     return list(counts)
+
+
+def _read_lines(kind, path):
+    _check_file(kind, path)
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read this {kind} ({type(error).__name__}); save it as UTF-8 text") from None
+
+
+def find_images(root, split, images="JPEGImages"):
+    """{id: path} of a list's images, in its order. The list `all`, unless there is one, is every image of the folder.
+
+    Raises DataError as read_list and list_images do; whether a listed image is there, it leaves open."""
+    folder = Path(root, images)
+    if split == "all" and not os.path.lexists(Path(root, "ImageSets/Segmentation/all.txt")):
+        return list_images(folder)
+    paths = {name: folder / f"{name}.jpg" for name in read_list(root, split)}
+    if all(map(os.path.isfile, paths.values())):  # the devkit's layout
+        return paths
+    found = list_images(folder)
+    return {name: found.get(name, path) for name, path in paths.items()}
+
+
+def list_images(folder, report=_stop):
+    """{id: path} of every image in a folder, sorted by id. Hidden files, and what ends otherwise, are left out.
+
+    Raises DataError if there is none, two are of one id, or a name cannot be shown in a line."""
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder; set data.images to the folder of the images")
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        stem, ending = os.path.splitext(name)
+        if ending.lower() not in ENDINGS or name.startswith("."):
+            continue
+        if not name.isprintable():
+            report(DataError(f"{folder}: an image is called {name!a}; rename it to plain letters"))
+        elif stem in found:
+            report(DataError(f"{folder / name}: a second image with the id {stem}, beside {found[stem].name}; "
+                             "rename or remove one"))
+        else:
+            found[stem] = Path(folder, name)
+    if not found:
+        raise DataError(f"{folder}: no images ({' '.join(ENDINGS)}); set data.images to their folder")
+    return dict(sorted(found.items()))
 
 
 def read_image(path):
@@ -158,42 +217,206 @@ def write_mask(path, labels):
     write(path, png(image))
 
 
-def read_annotation(path, classes, image=None):
+# ---------------------------------------------------------------------------------------------- boxes
+
+def box_reader(path, classes=None, report=_stop):
+    """A function (id, path of the image) -> (boxes, labels, (height, width)), and the classes.
+
+    `path`: a COCO JSON file, a folder of YOLO's ID.txt, or of VOC's ID.xml; boxes and labels as of
+    read_annotation; `classes`: None takes all that the files name. Raises DataError, there or in the function."""
+    path = Path(path)
+    if path.suffix.lower() == ".json":
+        images, names = _read_coco(path, report)
+        classes = classes or names
+        return partial(_coco_boxes, path, images, classes, report), classes
+    endings = {os.path.splitext(name)[1] for name in os.listdir(path)} if path.is_dir() else set()
+    if ".xml" not in endings and ".txt" in endings:
+        classes = classes or _yolo_names(path)
+        return lambda name, image: read_yolo(path / f"{name}.txt", classes, image, report), classes
+    classes = classes or _voc_names(path)
+    return lambda name, image: read_annotation(path / f"{name}.xml", classes, image, report), classes
+
+
+def read_annotation(path, classes, image=None, report=_stop):
     """The boxes of every object in a VOC XML file, also of the difficult and the truncated ones.
 
     Returns (boxes, labels, (height, width)): (K,4) float32 x0, y0, x1, y1 in continuous pixels, x1 and y1
     exclusive; (K,) int64 in 1..len(classes). The size is the file's own, or that of the file `image` where
     the annotation gives none. Raises DataError for XML that does not parse, a field that is missing or no
-    number, a box without area or beyond the image, a class that is not in `classes`."""
+    number, a box without area or beyond the image, a class that is not in `classes`; `report`, if given, is
+    called with the errors of single objects instead."""
+    annotation = _parse_xml(path)
+    size = _image_size(path, annotation, image)
+
+    def read(item):
+        label = _label(path, _name(item.findtext("name")), classes)
+        sides = [_number(path, item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+        xmin, ymin, xmax, ymax = sides
+        # VOC counts pixels from 1 and includes the last. A 0, from a tool that counts from 0, is the edge too.
+        return _box(path, sides, (xmin - 1, ymin - 1, xmax, ymax), size), label
+
+    # Direct children only: a <part> has a name and a box as well.
+    return (*_collect(annotation.findall("object"), read, report), size)
+
+
+def _parse_xml(path):
     _check_file("annotation", path)
     try:
-        annotation = ElementTree.parse(path).getroot()  # expat fetches no entity and stops at one that explodes
+        return ElementTree.parse(path).getroot()  # expat fetches no entity and stops at one that explodes
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: not an XML annotation ({error}); write it again") from None
-    size = _image_size(path, annotation, image)
-    boxes, labels = [], []
-    for item in annotation.findall("object"):  # direct children only: a <part> has a name and a box as well
-        name = " ".join((item.findtext("name") or "").split())[:99]
-        if name not in classes:
-            nearest = difflib.get_close_matches(name, classes, n=1, cutoff=0)
-            raise DataError(f"{path}: class {name!r} is not in data.classes; the nearest is {nearest[0]!r}")
-        sides = [_number(path, item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-        boxes.append(_box(path, sides, size))
-        labels.append(classes.index(name) + 1)
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return boxes, torch.tensor(labels, dtype=torch.int64), size
 
 
-def _box(path, sides, size):
-    xmin, ymin, xmax, ymax = sides
-    # VOC counts pixels from 1 and includes the last. A 0, from a tool that counts from 0, is the edge too.
-    box = max(xmin - 1, 0), max(ymin - 1, 0), xmax, ymax
+def _voc_names(folder):
+    """The class names in a folder's XML files, sorted; files that cannot be read are left to the reader."""
+    files = [file for file in Path(folder).glob("*.xml") if file.name[0] != "."]
+    roots = [root for file in files if (root := _try(_skip, _parse_xml, file)) is not None]
+    return sorted({_name(item.findtext("name")) for root in roots for item in root.findall("object")} - {""})
+
+
+def read_yolo(path, classes, image, report=_stop):
+    """The boxes of a YOLO file, of lines `class cx cy w h`: the class's index, and shares of the image's size.
+
+    A file that is not there means no objects. Returns and raises as read_annotation does; a box that leaves
+    the image by up to a pixel, of rounding, is cut at the edge."""
+    width, height = _open(image, lambda image: image.size)
+    lines = _read_lines("annotation", path) if os.path.lexists(path) else []
+
+    def read(line):
+        where, fields = f"{path}: line {line[0]}", line[1].split()
+        if len(fields) != 5:
+            hint = "export boxes, not polygons" if len(fields) > 6 else "correct it"
+            raise DataError(f"{where}: {len(fields)} numbers, not the 5 of class cx cy w h; {hint}")
+        index, cx, cy, w, h = numbers = [_finite(where, "one of class cx cy w h", field) for field in fields]
+        if index not in range(len(classes)):
+            raise DataError(f"{where}: class {index:g}; data.classes has 0..{len(classes) - 1}; correct one of them")
+        box = (cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height
+        return _box(where, numbers[1:], box, (height, width), 1), int(index) + 1
+
+    lines = [line for line in enumerate(lines, 1) if line[1].strip()]
+    return (*_collect(lines, read, report), (height, width))
+
+
+def _yolo_names(folder):
+    """The names in classes.txt or data.yaml, in the folder or up to two above; else class0, class1, ..."""
+    places = folder, *folder.parents[:2]
+    for path in [place / name for place in places for name in ("classes.txt", "data.yaml")]:
+        if path.is_file():
+            names = _names_in_yaml(path) if path.suffix == ".yaml" else _read_lines("list", path)
+            return [name for name in map(_name, names) if name]
+    lines = [line for path in folder.glob("*.txt") for line in _try(_skip, _read_lines, "list", path) or ()]
+    indices = [int(line.split()[0]) for line in lines if re.match(r"\s*[0-9]{1,3}\s", line)]
+    return [f"class{index}" for index in range(min(max(indices, default=0) + 1, VOID - 1))]
+
+
+def _names_in_yaml(path):
+    import yaml
+    text, depth = "\n".join(_read_lines("list", path)), 0
+    try:
+        for event in yaml.parse(text):  # what is deep or full of aliases can take hours and all memory to load
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 9 or isinstance(event, yaml.AliasEvent):
+                raise ValueError
+        names = yaml.safe_load(text)["names"]
+        return [str(names[index]) for index in range(len(names))]  # a list, or a mapping from 0 on
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+        raise DataError(f"{path}: no class names; write names: [FIRST, SECOND]") from None
+
+
+def _read_coco(path, report):
+    """A COCO file as {id: (its entry, its annotations as (where, annotation, class name))}, and the names of the
+    classes that have boxes, in the order of their numbers. The ids are the stems of its file names."""
+    _check_file("annotation", path, MOST_JSON)
+    try:
+        content = json.loads(path.read_bytes(), object_hook=_without_polygons)
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"{path}: not a JSON annotation ({type(error).__name__}: {error}); export it again") from None
+
+    def items(kind, *keys):
+        for number, item in enumerate(_field(path, content, kind, list)):
+            where = f"{path}: {kind}[{number}]"
+            if values := _try(report, lambda where, item: [_field(where, item, key) for key in keys], where, item):
+                yield where, item, *values
+
+    names, images, annotations, used = {}, {}, {}, set()
+    for where, _, key, name in items("categories", "id", "name"):
+        if names.setdefault(key, _name(str(name))) != _name(str(name)):
+            report(DataError(f"{where}: a second category of the id {reprlib.repr(key)}; keep one"))
+    for where, item, key, file in items("images", "id", "file_name"):
+        stem = os.path.splitext(re.split(r"[/\\]", str(file))[-1])[0]
+        if key in annotations or stem in images:
+            report(DataError(f"{where}: a second image of its id or name, {reprlib.repr(stem)}; keep one"))
+        else:
+            images[stem] = item, annotations.setdefault(key, [])
+    for where, item, image, category in items("annotations", "image_id", "category_id"):
+        if image in annotations and category in names:
+            annotations[image].append((where, item, names[category]))
+            used.add(category)
+        else:
+            report(DataError(f"{where}: image_id {reprlib.repr(image)} or category_id {reprlib.repr(category)} "
+                             "is not in this file; correct it"))
+    return images, list(dict.fromkeys(names[key] for key in sorted(used, key=lambda key: (str(type(key)), key))))
+
+
+def _without_polygons(item):
+    item.pop("segmentation", None)  # most of such a file
+    return item
+
+
+def _coco_boxes(path, images, classes, report, name, image):
+    if name not in images:
+        raise DataError(f"{path}: no image called {name!r} in it; add it, or leave it out of the list")
+    entry, annotations = images[name]
+    size = [_finite(path, f"{key} of image {name!r}", entry.get(key) or 0) for key in ("height", "width")]
+    height, width = map(int, size) if min(size) > 0 else _open(image, lambda image: image.size)[::-1]
+
+    def read(annotation):
+        where, item, kind = annotation
+        if len(_field(where, item, "bbox", list)) != 4:
+            raise DataError(f"{where}: bbox is {reprlib.repr(item['bbox'])}, not [x, y, width, height]; correct it")
+        x, y, w, h = sides = [_finite(where, "a side of bbox", side) for side in item["bbox"]]
+        box = _box(f"{where}, image {name!r}", sides, (x, y, x + w, y + h), (height, width), 1)
+        return box, _label(where, kind, classes)
+
+    return (*_collect(annotations, read, report), (height, width))
+
+
+def _try(report, read, *arguments):
+    """read(*arguments), or None, with its DataError given to report()."""
+    try:
+        return read(*arguments)
+    except DataError as error:
+        return report(error)
+
+
+def _collect(items, read, report):
+    """((K,4) float32, (K,) int64) of the items; read(item) gives a box and a label."""
+    found = [pair for item in items if (pair := _try(report, read, item))]
+    return (torch.tensor([box for box, _ in found], dtype=torch.float32).reshape(-1, 4),
+            torch.tensor([label for _, label in found], dtype=torch.int64))
+
+
+def _name(text):
+    return " ".join((text or "").split())[:99]
+
+
+def _label(where, name, classes):
+    if name not in classes:
+        nearest = "".join(f"; the nearest is {word!r}" for word in difflib.get_close_matches(name, classes, 1, 0))
+        raise DataError(f"{where}: class {name!r} is not in data.classes{nearest}")
+    return classes.index(name) + 1
+
+
+def _box(where, sides, box, size, beyond=0):
+    """x0, y0, x1, y1, cut at the edges: it may begin a pixel before the image, and end `beyond` pixels after."""
+    (x0, y0, x1, y1), (height, width) = box, size
     text = " ".join(f"{side:g}" for side in sides)
-    if min(sides) < 0 or xmax > size[1] or ymax > size[0]:
-        raise DataError(f"{path}: box {text} leaves the image of {size[1]} x {size[0]} pixels; correct it")
-    if box[2] <= box[0] or box[3] <= box[1]:
-        raise DataError(f"{path}: box {text} has no area; correct it")
-    return box
+    if min(x0, y0) < -1 or x1 > width + beyond or y1 > height + beyond:
+        raise DataError(f"{where}: box {text} leaves the image of {width} x {height} pixels; correct it")
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if min(x1 - x0, y1 - y0) < LEAST_SIDE:
+        raise DataError(f"{where}: box {text} has no area; correct it")
+    return x0, y0, x1, y1
 
 
 def _image_size(path, annotation, image):
@@ -209,17 +432,29 @@ def _image_size(path, annotation, image):
 
 
 def _number(path, element, name):
-    text = element.findtext(name)
+    text, tag = element.findtext(name), name.replace("/", "><")
     if text is None:
-        raise DataError(f"{path}: <{element.tag}> without <{name.replace('/', '><')}>; add it")
+        raise DataError(f"{path}: <{element.tag}> without <{tag}>; add it")
+    return _finite(path, f"<{tag}>", text.strip())
+
+
+def _finite(where, name, value):
     try:
-        number = float(text)
-    except ValueError:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        tag, text = name.replace("/", "><"), reprlib.repr(text.strip())
-        raise DataError(f"{path}: <{tag}> is {text}, not a number; correct it")
+        raise DataError(f"{where}: {name} is {reprlib.repr(value)}, not a number; correct it")
     return number
+
+
+def _field(where, item, key, kind=int | str):
+    """item[key] of a JSON object, which must be of that type."""
+    value = item.get(key) if isinstance(item, dict) else None
+    if not isinstance(value, kind):
+        need = "a list" if kind is list else "a whole number or a text"
+        raise DataError(f"{where}: {key} is {reprlib.repr(value)}, not {need}; correct it")
+    return value
 
 
 # ------------------------------------------------------------------------------------------- dataset
@@ -227,10 +462,10 @@ def _number(path, element, name):
 class VOCDataset(torch.utils.data.Dataset):
     """The images of one list, with their boxes and with label images read beside them.
 
-    `root`: folder in the devkit's layout; `split`: name of a list; `classes`: names in label order 1, 2, ...;
-    `transform`: applied to each sample; `masks`: folders of label PNGs (relative ones lie under root);
-    `boxes=False`: no XML is read; `exact`: ids for which each of the masks is read from the folder `truth`
-    instead. A sample is a dict:
+    `split`: name of a list; `classes`: names in label order 1, 2, ...; `transform`: applied to each sample;
+    `masks`: folders of label PNGs (relative ones lie under root); `images`: folder under root; `boxes`: what
+    box_reader reads, under root, or None; `exact`: ids for which each of the masks is read from the folder
+    `truth` instead. A sample is a dict:
 
         id          str
         image       uint8 (3,H,W) RGB
@@ -239,28 +474,28 @@ class VOCDataset(torch.utils.data.Dataset):
         background  uint8 (1,H,W): 1 outside every box, 0 inside; 255 where the transform padded
         masks       uint8 (len(masks),H,W): labels 0..len(classes), 255 void
 
-    `annotations`: id -> (boxes, labels). Everything but the pixels is checked on construction, so that a
-    fault ends a run before it starts; every fault, then or on reading a sample, raises DataError."""
+    `paths`: id -> image file; `annotations`: id -> (boxes, labels). Everything but the pixels is checked on
+    construction, so that a fault ends a run before it starts; every fault, then or on reading a sample, raises
+    DataError."""
 
-    def __init__(self, root, split, classes, transform=None, masks=(), boxes=True, truth=None, exact=()):
+    def __init__(self, root, split, classes, transform=None, masks=(), images="JPEGImages", boxes="Annotations",
+                 truth=None, exact=()):
         self.root, self.classes, self.transform = Path(root), list(classes), transform
-        if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) >= VOID:
-            raise DataError(f"data.classes: needs 1 to {VOID - 1} different names, not {self.classes}")
+        _check_classes(self.classes)
         if not self.root.is_dir():
-            raise DataError(f"{root}: no such folder; set data.root, or run: python datasets.py download=DIR")
-        self.ids = read_list(root, split)
+            raise DataError(f"{root}: no such folder; set data.root, or run: python datasets.py download DIR")
+        self.paths = find_images(root, split, images)
+        self.ids = list(self.paths)
         self.mask_folders = [self.root / folder for folder in masks]
-        _check_files("image", [self._image(name) for name in self.ids])
+        _check_files("image", list(self.paths.values()))
         self.truth, self.exact = truth, set(exact)
         for paths in zip(*map(self._masks, self.ids)):
             _check_files("mask", paths)
         self.annotations, self._sizes = ({}, {}) if boxes else (None, {})
-        for name in self.ids if boxes else ():
-            xml = self.root / "Annotations" / f"{name}.xml"
-            *self.annotations[name], self._sizes[name] = read_annotation(xml, self.classes, self._image(name))
-
-    def _image(self, name):
-        return self.root / "JPEGImages" / f"{name}.jpg"
+        if boxes:
+            read, _ = box_reader(self.root / boxes, self.classes)
+            for name, path in self.paths.items():
+                *self.annotations[name], self._sizes[name] = read(name, path)
 
     def _masks(self, name):
         folders = [self.root / self.truth] * len(self.mask_folders) if name in self.exact else self.mask_folders
@@ -271,11 +506,11 @@ class VOCDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         name = self.ids[index]
-        pixels = read_image(self._image(name))
+        pixels = read_image(self.paths[name])
         size = pixels.shape[:2]
         sample = {"id": name, "image": tv_tensors.Image(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))}
         if self.annotations is not None:
-            _check_size(self._image(name), size, self._sizes[name], "the annotation")
+            _check_size(self.paths[name], size, self._sizes[name], "the annotation")
             boxes, labels = self.annotations[name]
             sample["boxes"] = tv_tensors.BoundingBoxes(boxes.clone(), format="XYXY", canvas_size=size)
             sample["labels"] = labels.clone()
@@ -287,6 +522,11 @@ class VOCDataset(torch.utils.data.Dataset):
                 _check_size(path, mask.shape, size, "the image")
             sample["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
         return self.transform(sample) if self.transform else sample
+
+
+def _check_classes(classes):
+    if not classes or len(set(classes)) < len(classes) or len(classes) >= VOID:
+        raise DataError(f"data.classes: needs 1 to {VOID - 1} different names, not {reprlib.repr(classes)}")
 
 
 def _check_files(kind, paths):
@@ -565,6 +805,75 @@ def make_shapes(root, train=360, val=120, seed=0):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------- check
+
+def check(root):
+    """Reads every image under `root` in full, and every box; prints counts, all faults, and the settings to use.
+
+    Returns the faults, one line each. Raises DataError where no images or no boxes are found."""
+    import yaml
+    root, faults = Path(root), []
+    images, boxes = _find_layout(root)
+    paths = list_images(root / images, faults.append)
+    read, classes = box_reader(root / boxes, report=faults.append)
+    sizes, counts, empty, plain = [], Counter(), 0, 0
+    for name, path in tqdm(paths.items(), "check", leave=False, disable=None):
+        size, found = _try(faults.append, _read_upright, path), _try(faults.append, read, name, path)
+        if size:
+            sizes.append(size)
+        if found:
+            counts.update(found[1].tolist())
+            empty += not len(found[1])
+        if size and found:
+            _try(faults.append, _check_size, path, size, found[2], "the annotation")
+            plain += _outside(found[0], size).float().mean().item() <= MIN_BACKGROUND
+    _try(faults.append, _check_classes, classes)
+    sizes.sort(key=math.prod)
+    sizes = [f"{w} x {h}" for h, w in (sizes[:1] + sizes[len(sizes) // 2:][:1] + sizes[-1:])]
+    faults = sorted({str(fault) for fault in faults})
+    lists = [split for split in ("train", "val") if Path(root, f"ImageSets/Segmentation/{split}.txt").is_file()]
+    print(f"{root}: {len(paths)} images in {images}, boxes in {boxes}",
+          f"smallest, median and largest image: {', '.join(sizes)}",
+          f"images without boxes: {empty}",
+          f"images with at most {MIN_BACKGROUND:.1%} of background outside boxes: {plain / len(paths):.1%} "
+          "(stage 1 pools them plainly)",
+          f"boxes: {sum(counts.values())}", *(f"{counts[k]:8} {name}" for k, name in enumerate(classes, 1)),
+          f"faults: {len(faults)}", *faults, "", sep="\n")
+    print(yaml.safe_dump({"data": dict(
+        root=str(root), images=images, boxes=boxes, classes=classes, train="train" if "train" in lists else "all",
+        val="val" if "val" in lists else "")}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110))
+    return faults
+
+
+def _find_layout(root):
+    """The folder of the images, and the folder or file of the boxes, both relative to root."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    found = [(images, ids) for images in ("JPEGImages", "images", ".")
+             if (ids := _try(_skip, list_images, root / images, _skip))]
+    if not found:
+        raise DataError(f"{root}: no images ({' '.join(ENDINGS)}) in JPEGImages, in images or beside them")
+    images, ids = found[0]
+    folders = sorted(folder for folder in os.listdir(root) if folder.lower() in ("annotations", "labels"))
+    for ending in (".xml", ".txt"):
+        for folder in (*folders, images, "."):
+            if any(name.endswith(ending) and name[:-4] in ids for name in os.listdir(root / folder)):
+                return images, folder
+    files = [path for folder in (".", *folders) for path in Path(root, folder).glob("*.json")]
+    if len(files) != 1:
+        raise DataError(f"{root}: {len(files)} JSON files, and no ID.xml or ID.txt of its images; put the boxes into "
+                        "Annotations or labels, or keep one COCO file")
+    return images, str(files[0].relative_to(root))
+
+
+def _read_upright(path):
+    """(height, width) of an image, read in full."""
+    size, turn = _open(path, lambda image: (image.convert("RGB").size, image.getexif().get(274, 1)))
+    if turn != 1:
+        raise DataError(f"{path}: turned by its EXIF tag, which is not followed here; save the image upright")
+    return size[::-1]
+
+
 # ------------------------------------------------------------------------------------------ download
 
 def download(root):
@@ -614,11 +923,14 @@ def _loadmat():
 
 
 def main():
-    command, _, folder = sys.argv[1].partition("=") if len(sys.argv) == 2 else ("", "", "")
-    if command not in ("download", "shapes") or not folder:
-        print("usage: python datasets.py download=DIR | shapes=DIR", file=sys.stderr)
+    command, folder = sys.argv[1:] if len(sys.argv) == 3 else ("", "")
+    if command not in ("check", "shapes", "download") or not folder:
+        print("usage: python datasets.py check ROOT | shapes DIR | download DIR", file=sys.stderr)
         sys.exit(2)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
+        if command == "check":
+            sys.exit(2 if check(folder) else 0)
         print("data.root:", download(folder) if command == "download" else make_shapes(folder) or folder)
     except DataError as error:
         print(error, file=sys.stderr)

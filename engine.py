@@ -352,6 +352,8 @@ def made_with(config: SimpleNamespace, section: str, *others: str, without: Coll
     """What decides a stage's results, as section.key -> value: its own settings, and those in common."""
     keys = [f"{section}.{k}" for k in asdict(getattr(config, section)) if k not in without]
     keys += ["data.root", "data.classes", "run.precision", *others]
+    # Only where they differ from the devkit's: of old, there were no others.
+    keys += [f"data.{k}" for k in ("images", "boxes") if getattr(config.data, k) != getattr(datasets.Settings, k)]
     return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in keys}
 
 
@@ -453,6 +455,13 @@ def bar(iterable: Iterable, title: str, **options) -> tqdm:
     return tqdm(iterable, title, dynamic_ncols=True, disable=rank() > 0, **options)
 
 
+def open_data(config: SimpleNamespace, split: str, boxes: bool = True, **settings) -> datasets.VOCDataset:
+    """The dataset of a list, from where section `data` of the settings says."""
+    data = config.data
+    return datasets.VOCDataset(data.root, split, data.classes, images=data.images, boxes=data.boxes if boxes else None,
+                               **settings)
+
+
 def read(config: SimpleNamespace, dataset: Dataset) -> DataLoader:
     """The samples of a dataset, one by one, read in worker processes."""
     return DataLoader(dataset, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_interrupts)
@@ -531,8 +540,8 @@ def score_folders(config: SimpleNamespace, split: str, folders: dict[str, Path],
     whole_boxes(boxes, labels, size) -> (H, W) uint8, if given, is scored too, as `box`.
     """
     names = ["background", *config.data.classes]
-    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, boxes=whole_boxes is not None,
-                                  masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
+    dataset = open_data(config, split, boxes=whole_boxes is not None,
+                        masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
     matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in ["box", *folders]}
     for sample in bar(read(config, Subset(dataset, share(len(dataset)))), f"scores {split}"):
         truth, *given = sample["masks"].numpy()

@@ -150,9 +150,8 @@ def summary(config, split, results):
         print(f"  {title:<48}{value:6.1f}")
 
 
-def score(config, folder):
+def score(config, split, folder):
     """A folder of label images against the truth: `labels=FOLDER`."""
-    split = config.eval.split or config.data.val
     if not engine.true_masks(config):
         raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
     engine.show(f"{folder} on {split}", engine.score_folders(config, split, {"labels": Path(folder)}))
@@ -172,14 +171,16 @@ def report(config, split, count, result):
 
 def main(config):
     s = config.eval
-    if s.labels:
-        return score(config, s.labels)
     split = s.split or config.data.val
+    if not split and not s.images:
+        raise engine.UsageError("eval.split: no list to work on; set data.val, eval.split or eval.images")
+    if s.labels:
+        return score(config, split, s.labels)
     truth = None if s.submit or s.images else engine.true_masks(config)
     network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
     network = engine.load_network(config, "seg.pt", network, config.train_seg)
-    dataset = Pictures(s.images) if s.images else datasets.VOCDataset(
-        config.data.root, split, config.data.classes, boxes=False, masks=[truth] if truth else ())
+    dataset = Pictures(s.images) if s.images else engine.open_data(
+        config, split, boxes=False, masks=[truth] if truth else ())
     folder = prediction_folder(config)
     without = {"split", "labels", "images", "submit", "panels", "photos"}
     without |= {key for key in asdict(s) if key.startswith("crf_") and not s.crf}
@@ -196,7 +197,9 @@ def main(config):
         return write_submission(config, dataset.ids, folder)
     if result:
         report(config, split, len(dataset), result)
-    pictures.draw(config, split, dataset.ids, folder)
+    else:
+        print(f"{folder}: labels of {len(dataset)} images; no true masks to score them with")
+    pictures.draw(config, split, dataset.paths, folder)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,9 @@ def main(config):
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
     network = engine.load_network(config, "cls.pt", network, config.train_cls)
     path, truth = folder / "scores.json", engine.true_masks(config)
-    data = {split: datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth] if truth else ())
-            for split in s.splits or (config.data.train, config.data.val)}  # all: a fault ends it before the work
+    splits = s.splits or filter(None, (config.data.train, config.data.val))
+    data = {split: engine.open_data(config, split, masks=[truth] if truth else ())
+            for split in splits}  # all: a fault ends it before the work
     engine.claim(config, folder, engine.made_with(config, "make_labels", without=("splits", "pictures")),
                  config.path / "cls.pt")
     for split, dataset in data.items():

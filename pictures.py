@@ -8,6 +8,7 @@ stage has not written yet is left out. eval.py draws the same at its end.
 import io
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,21 @@ def write_overlays(paths, folder):
     print(f"{folder}: labels and overlays of {len(paths)} pictures")
 
 
-def panel(config, name, predictions):
+def known_boxes(config, paths):
+    """{id: (boxes, labels)} of those images that have a sound annotation: a picture can do without."""
+    found = {}
+    with suppress(datasets.DataError):
+        read, _ = datasets.box_reader(Path(config.data.root, config.data.boxes), config.data.classes)
+        for name, path in paths.items():
+            with suppress(datasets.DataError):
+                found[name] = read(name, path)[:2]
+    return found
+
+
+def panel(config, name, path, boxes, predictions):
     """One image's row: pictures by title; None where a stage has not written its part."""
-    root, folder = Path(config.data.root), config.path / "labels"
+    folder, image = config.path / "labels", datasets.read_image(path)
     num_labels = 1 + len(config.data.classes)
-    image = datasets.read_image(root / "JPEGImages" / f"{name}.jpg")
-    annotation = root / "Annotations" / f"{name}.xml"
     if not config.eval.photos:
         image = np.full_like(image, 224)
 
@@ -83,8 +93,7 @@ def panel(config, name, predictions):
     differ = None if y_crf is None or y_ret is None else Image.fromarray((y_crf != y_ret) * np.uint8(255))
     truth = engine.true_masks(config)
     return {
-        "boxes": outlined(image, *datasets.read_annotation(annotation, config.data.classes)[:2])
-                 if annotation.exists() else Image.fromarray(image),
+        "boxes": outlined(image, *boxes) if boxes else Image.fromarray(image),
         "attention u0": heated("u0"), "CAM u_c": heated("cam"),
         "Ycrf": coloured(y_crf), "Yret": coloured(y_ret), "Ycrf != Yret": differ,
         "truth": coloured(read(truth / f"{name}.png")) if truth else None,
@@ -92,9 +101,11 @@ def panel(config, name, predictions):
     }
 
 
-def draw_panels(config, ids, predictions, width=180, gap=6, header=22):
+def draw_panels(config, paths, predictions, width=180, gap=6, header=22):
     """panels.png: one row an image, evenly spaced over the list; a column that no image has is left out."""
-    rows = [panel(config, name, predictions) for name in engine.spread(ids, config.eval.panels)]
+    paths = dict(engine.spread(list(paths.items()), config.eval.panels))
+    boxes = known_boxes(config, paths)
+    rows = [panel(config, name, path, boxes.get(name), predictions) for name, path in paths.items()]
     titles = [title for title in rows[0] if any(row[title] is not None for row in rows)]
     heights = [max(1, round(row["boxes"].height * width / row["boxes"].width)) for row in rows]
     sheet = Image.new("RGB", (len(titles) * (width + gap) + gap, header + sum(heights) + gap * len(rows)), "white")
@@ -195,10 +206,12 @@ def draw_iou(config, split):
     save(config.path / "iou.png", png_of(figure), f"IoU on {split}: {'; '.join(columns)}")
 
 
-def draw(config, split, ids, predictions):
-    """Every picture of the run that its files allow: of a list's images, with the segmenter's from `predictions`."""
+def draw(config, split, paths, predictions):
+    """Every picture of the run that its files allow: of a list's images (id -> file), with the segmenter's from the
+    folder `predictions`.
+    """
     if config.eval.panels:
-        draw_panels(config, ids, predictions)
+        draw_panels(config, paths, predictions)
     try:
         draw_curves(config)
         draw_iou(config, split)
@@ -210,8 +223,9 @@ def main(config):
     from eval import prediction_folder  # which imports this module
     if not config.path.is_dir():
         raise engine.UsageError(f"{config.path}: no such run; begin it with python train_cls.py, or set run.name")
-    split = config.eval.split or config.data.val
-    draw(config, split, datasets.read_list(config.data.root, split), prediction_folder(config))
+    split = config.eval.split or config.data.val or config.data.train
+    paths = datasets.find_images(config.data.root, split, config.data.images)
+    draw(config, split, paths, prediction_folder(config))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(config):
     pooling = models.BAP(s.grid, s.bins, s.min_background if s.pooling == "bap" else 1.0)
     network = models.BoxClassifier(len(config.data.classes), s.backbone, s.weights, s.width, s.dropout, pooling)
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
-    dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform)
+    dataset = engine.open_data(config, config.data.train, transform=transform)
     engine.train(config, "train_cls", s, network, dataset, losses)
 
 

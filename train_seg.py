@@ -52,11 +52,10 @@ def main(config):
     torch.manual_seed(config.run.seed)
     weights = config.path / "cls.pt" if s.weights == "stage1" else s.weights
     network = models.DeepLab(1 + len(config.data.classes), s.backbone, weights, s.width, s.dropout)
-    masked = datasets.read_list(config.data.root, config.data.masks) if config.data.masks else ()
+    masked = datasets.find_images(config.data.root, config.data.masks, config.data.images) if config.data.masks else ()
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
-    dataset = datasets.VOCDataset(config.data.root, config.data.train, config.data.classes, transform,
-                                  masks=[folder.resolve() for folder in folders], boxes=s.balance,
-                                  truth=config.data.truth, exact=masked)
+    dataset = engine.open_data(config, config.data.train, s.balance, transform=transform, truth=config.data.truth,
+                               masks=[folder.resolve() for folder in folders], exact=masked)
 
     def losses_of(network, batch):
         y_crf, y_ret = batch["masks"].to(batch["image"].device, non_blocking=True).long().unbind(1)

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets  # noqa: E402
 import engine  # noqa: E402
 import make_labels  # noqa: E402
 import models  # noqa: E402
@@ -38,7 +37,7 @@ def scores(config, split, rows):
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
     network = engine.load_network(config, "cls.pt", network, config.train_cls)
     names, truth = ["background", *config.data.classes], engine.true_masks(config)
-    data = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth])
+    data = engine.open_data(config, split, masks=[truth])
     chosen = Subset(data, engine.spread(range(len(data)), IMAGES))
     matrices = {(row, kind): np.zeros((len(names), len(names) + 1), np.int64)
                 for row in rows for kind in ("Ycrf", "Yret")}
@@ -60,7 +59,7 @@ def scores(config, split, rows):
 
 
 def main(config):
-    for split in config.make_labels.splits or (config.data.train, config.data.val):
+    for split in config.make_labels.splits or filter(None, (config.data.train, config.data.val)):
         results = scores(config, split, ROWS)
         print(f"\n| {split} | Ycrf | Yret |\n|---|---|---|")
         for row in ROWS:

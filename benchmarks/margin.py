@@ -14,7 +14,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets  # noqa: E402
 import engine  # noqa: E402
 import eval as evaluation  # noqa: E402
 import models  # noqa: E402
@@ -27,7 +26,7 @@ def main(config):
     s = config.eval
     network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
     network = engine.load_network(config, "seg.pt", network, config.train_seg)
-    data = datasets.VOCDataset(config.data.root, s.split or config.data.val, config.data.classes, boxes=False)
+    data = engine.open_data(config, s.split or config.data.val, boxes=False)
     arguments = tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations
     changed, kept, seconds = dict.fromkeys(MARGINS, 0), dict.fromkeys(MARGINS, 0), dict.fromkeys(MARGINS, 0.0)
     of_all, pixels = 0.0, 0

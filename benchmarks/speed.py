@@ -317,7 +317,7 @@ def input_pipeline():
         take = lambda data: [data[k % len(data)] for k in range(16)]  # noqa: E731
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        for stage, masks in (("stage 1", {}), ("stage 3, two masks", dict(masks=["Y", "Y"], boxes=False))):
+        for stage, masks in (("stage 1", {}), ("stage 3, two masks", dict(masks=["Y", "Y"], boxes=None))):
             data = datasets.Stream(datasets.VOCDataset(root, "all", ["a"], transform, **masks), 16, 0)
             plain = datasets.VOCDataset(root, "all", ["a"], **masks)
             crops, decoding = clock(partial(take, data), partial(take, plain))

@@ -90,9 +90,9 @@ def test_background_is_the_union_of_the_boxes_pixel_by_pixel(small):
 def test_parts_are_left_out_on_request(small):
     for path in (small / "Annotations").iterdir():
         path.rename(path.with_suffix(".txt"))
-    dataset, samples = read_all(small, boxes=False)
+    dataset, samples = read_all(small, boxes=None)
     assert set(samples[0]) == {"id", "image", "masks"} and dataset.annotations is None
-    assert set(read_all(small, boxes=False, masks=())[1][0]) == {"id", "image"}
+    assert set(read_all(small, boxes=None, masks=())[1][0]) == {"id", "image"}
 
 
 def test_masks_stack_in_order_from_relative_and_absolute_folders(small, tmp_path):
@@ -574,7 +574,7 @@ def test_merge_prefers_vocs_masks_and_leaves_val_out(tmp_path, monkeypatch):
 
 
 def test_merge_reads_real_mat_files(tmp_path):
-    io = pytest.importorskip("scipy.io", reason="scipy, which only download=DIR needs, is not installed")
+    io = pytest.importorskip("scipy.io", reason="scipy, which only `download` needs, is not installed")
     voc, sbd = released(tmp_path)
     for name, label in (("s1", 5), ("s2", 6), ("t", 9), ("v", 9)):
         content = {"GTcls": {"Segmentation": np.full((4, 5), label, np.uint8), "CategoriesPresent": [label]}}
@@ -629,7 +629,8 @@ def command(*arguments):
     return subprocess.run([sys.executable, ROOT / "datasets.py", *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["shapes"], ["shapes="], ["nonsense=x"], ["shapes=x", "y"]])
+@pytest.mark.parametrize("arguments", [[], ["shapes"], ["shapes", ""], ["nonsense", "x"], ["shapes=x"],
+                                       ["shapes", "x", "y"]])
 def test_the_command_line_says_how_it_is_used(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["datasets.py", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -640,7 +641,7 @@ def test_the_command_line_says_how_it_is_used(arguments, monkeypatch, capsys):
 
 
 def test_the_command_line_reports_a_fault_in_one_line(tmp_path):
-    done = command(f"shapes={tmp_path}")
+    done = command("shapes", tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert "exists" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -648,7 +649,7 @@ def test_the_command_line_reports_a_fault_in_one_line(tmp_path):
 def test_the_command_line_writes_the_shapes(tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(datasets, "make_shapes", made.append)
-    monkeypatch.setattr(sys, "argv", ["datasets.py", f"shapes={tmp_path}/x"])
+    monkeypatch.setattr(sys, "argv", ["datasets.py", "shapes", f"{tmp_path}/x"])
     datasets.main()
     assert made == [f"{tmp_path}/x"] and capsys.readouterr().out == f"data.root: {tmp_path}/x\n"
 

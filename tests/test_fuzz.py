@@ -1,6 +1,7 @@
-"""2,000 and more spoilt inputs: each is read, or refused in one line that names the file; nothing else happens."""
+"""3,000 and more spoilt inputs: each is read, or refused in one line that names the file; nothing else happens."""
 import copy
 import io
+import json
 import random
 import resource
 import sys
@@ -27,7 +28,26 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     datasets.make_shapes(folder / "data", train=2, val=1)
     (folder / "secret").write_text("shapes_00000\n")
+    write_other_forms(folder / "data")
     return folder
+
+
+def write_other_forms(data):
+    """The boxes of the first two images once more, as labels/ID.txt and in shapes.json."""
+    (data / "labels").mkdir()
+    (data / "labels/classes.txt").write_text("\n".join(datasets.SHAPES))
+    content = {"images": [], "annotations": [],
+               "categories": [{"id": n, "name": name} for n, name in enumerate(datasets.SHAPES, 1)]}
+    for number, sample in enumerate(datasets.VOCDataset(data, "train", datasets.SHAPES)):
+        height, width = sample["image"].shape[1:]
+        content["images"].append(dict(id=number, file_name=f"{sample['id']}.jpg", width=width, height=height))
+        lines = []
+        for (x0, y0, x1, y1), label in zip(sample["boxes"].tolist(), sample["labels"].tolist()):
+            content["annotations"].append(dict(image_id=number, category_id=label, bbox=[x0, y0, x1 - x0, y1 - y0]))
+            sides = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
+            lines.append(" ".join(map(str, (label - 1, *sides))))
+        (data / "labels" / f"{sample['id']}.txt").write_text("\n".join(lines))
+    (data / "shapes.json").write_text(json.dumps(content))
 
 
 def mutate(data, rng):
@@ -72,26 +92,48 @@ def check(read, path, root):
     return line
 
 
-def read_data(root):
+def read_data(root, boxes="Annotations"):
     data = root / "data"
-    for sample in datasets.VOCDataset(data, "train", datasets.SHAPES, masks=["SegmentationClassAug"]):
+    for sample in datasets.VOCDataset(data, "train", datasets.SHAPES, masks=["SegmentationClassAug"], boxes=boxes):
         datasets.collate([sample])
 
 
-@pytest.mark.parametrize("name, count", [
-    ("Annotations/shapes_00000.xml", 700), ("JPEGImages/shapes_00000.jpg", 400),
-    ("SegmentationClassAug/shapes_00000.png", 400), ("ImageSets/Segmentation/train.txt", 200)])
-def test_mutated_data(root, name, count):
+@pytest.mark.parametrize("name, count, boxes", [
+    ("Annotations/shapes_00000.xml", 700, "Annotations"), ("JPEGImages/shapes_00000.jpg", 400, "Annotations"),
+    ("SegmentationClassAug/shapes_00000.png", 400, "Annotations"),
+    ("ImageSets/Segmentation/train.txt", 200, "Annotations"), ("labels/shapes_00000.txt", 400, "labels"),
+    ("shapes.json", 400, "shapes.json")])
+def test_mutated_data(root, name, count, boxes):
     path = root / "data" / name
     good, rng, refused = path.read_bytes(), random.Random(0), 0
     try:
         for _ in range(count):
             path.write_bytes(mutate(good, rng))
             # A list that names other images is a good list, and the line names the missing image.
-            refused += check(lambda: read_data(root), path if path.suffix != ".txt" else Path(""), root) is not None
+            named = Path("") if path.name == "train.txt" else path
+            refused += check(lambda: read_data(root, boxes), named, root) is not None
     finally:
         path.write_bytes(good)
     assert refused > count / 4  # the mutations bite
+
+
+def test_mutated_data_is_checked(root):
+    """python datasets.py check ends, too, and finds a fault, a line each, where VOCDataset does."""
+    data, rng = root / "checked", random.Random(4)
+    (data / "images").mkdir(parents=True)
+    for name in ("shapes_00000.jpg", "shapes_00001.jpg"):
+        (data / "images" / name).write_bytes((root / "data/JPEGImages" / name).read_bytes())
+    good = (root / "data/shapes.json").read_bytes()
+    for _ in range(200):
+        (data / "shapes.json").write_bytes(mutate(good, rng))
+        line = check(lambda: datasets.VOCDataset(data, "all", datasets.SHAPES, images="images", boxes="shapes.json"),
+                     Path("shapes"), root)
+        try:
+            faults = datasets.check(data)
+        except datasets.DataError as error:
+            faults = [str(error)]
+        assert not any("\n" in fault for fault in faults)
+        assert faults or line is None or "is not in data.classes" in line, line  # the check takes any name
 
 
 def test_mutated_settings(tmp_path, monkeypatch):
@@ -215,15 +257,17 @@ def test_hostile_images(root, folder, ending, data):
 
 
 @pytest.mark.parametrize("name", ["JPEGImages/shapes_00000.jpg", "Annotations/shapes_00000.xml",
-                                  "SegmentationClassAug/shapes_00000.png", "ImageSets/Segmentation/train.txt"])
+                                  "SegmentationClassAug/shapes_00000.png", "ImageSets/Segmentation/train.txt",
+                                  "labels/shapes_00000.txt", "shapes.json"])
 @pytest.mark.parametrize("target", ["secret", "/etc/passwd", "/dev/zero", "nowhere", "data"])
 def test_links_out_of_the_folder(root, name, target):
-    path = root / "data" / name
+    path, folder = root / "data" / name, name.split("/")[0]
     good = path.read_bytes()
     try:
         path.unlink()
         path.symlink_to(target if target[0] == "/" else root / target)
-        assert check(lambda: read_data(root), path, root)
+        boxes = folder if folder in ("labels", "shapes.json") else "Annotations"
+        assert check(lambda: read_data(root, boxes), path, root)
     finally:
         path.unlink()
         path.write_bytes(good)

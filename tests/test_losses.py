@@ -1,5 +1,6 @@
 """losses.py against the equations in reference.py: values, gradients, and what happens with void pixels."""
 import math
+from functools import partial
 
 import pytest
 import reference
@@ -169,3 +170,34 @@ def test_one_loss_of_a_batch_is_a_mean_over_its_pixels(name):
     row = getattr(losses, name)(torch.cat(list(cosine), 1)[None], y_crf.flatten(0, 1)[None],
                                 y_ret.flatten(0, 1)[None])
     torch.testing.assert_close(loss, row)
+
+
+# ---- under PyTorch's tools ----
+
+class Module(torch.nn.Module):
+    def forward(self, *inputs):
+        return losses.noise_aware_loss(*inputs)
+
+
+def exported(loss):
+    """The loss, exported with other numbers than it is called with."""
+    cosine, y_crf, y_ret = random_case(void=0, seed=5)
+    return torch.export.export(Module(), (cosine.detach().float(), y_crf, y_ret)).module()
+
+
+def channels_last(loss):
+    return lambda cosine, *labels: loss(cosine.contiguous(memory_format=torch.channels_last), *labels)
+
+
+@pytest.mark.parametrize("under", [
+    partial(torch.compile, fullgraph=True), exported, torch.autocast("cpu", torch.bfloat16), channels_last
+], ids=["compile", "export", "autocast", "channels_last"])
+def test_noise_aware_loss_under(under):
+    cosine, y_crf, y_ret = random_case(seed=4)
+    single = cosine.detach().float().requires_grad_()
+    loss = under(losses.noise_aware_loss)(single, y_crf, y_ret)
+    assert loss.dtype == torch.float32
+    expected = reference.noise_aware_loss(cosine, y_crf, y_ret)
+    ours, theirs = value_and_gradient(loss, single), value_and_gradient(expected, cosine)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours[1].double(), theirs[1], rtol=1e-4, atol=1e-6)

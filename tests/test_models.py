@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from urllib.error import URLError
 
 import pytest
@@ -41,8 +42,14 @@ def random_boxes(counts, image_size, seed=0):
     return boxes
 
 
-def same_pooling(features, boxes, image_size, background=None, **settings):
-    """Outputs, and the gradients of a random weighted sum of them, equal the reference's."""
+DOUBLE_AND_FLOAT = (torch.float64, 1e-5), (torch.float32, 1e-4)  # with the tolerance of each
+
+
+def same_pooling(features, boxes, image_size, background=None, under=lambda bap: bap, dtypes=DOUBLE_AND_FLOAT,
+                 **settings):
+    """Outputs, and the gradients of a random weighted sum of them, equal the reference's. `under`: what BAP is
+    called through.
+    """
     features.requires_grad_()
     expected = reference.bap(features, boxes, image_size, background, **settings)
     g = torch.Generator().manual_seed(1)
@@ -53,9 +60,9 @@ def same_pooling(features, boxes, image_size, background=None, **settings):
         return torch.autograd.grad(total + 0 * features.sum(), features)[0]
 
     theirs = gradient(expected, features)
-    for dtype, tolerance in [(torch.float64, 1e-5), (torch.float32, 1e-4)]:
+    for dtype, tolerance in dtypes:
         f = features.detach().to(dtype).requires_grad_()
-        pooled = BAP(**settings)(f, [b.to(dtype) for b in boxes], image_size, background)
+        pooled = under(BAP(**settings))(f, [b.to(dtype) for b in boxes], image_size, background)
         for name, out in zip(("foreground", "queries", "attention"), expected):
             assert getattr(pooled, name).dtype == dtype
             close(getattr(pooled, name).detach(), out.detach(), tolerance)
@@ -235,6 +242,67 @@ def test_bap_grid_cells_that_end_on_cell_edges(grid, size, dtype):
         pooled = BAP(grid=grid, min_background=0.0)(features, [torch.zeros(0, 4)], (size, size), background)
         expected = features[0][:, background[0, 0] > 0].mean(1)
         torch.testing.assert_close(pooled.queries, expected[None])
+
+
+# ---- BAP under PyTorch's tools ----
+
+FLOAT = DOUBLE_AND_FLOAT[1:]
+
+
+def pooling_case(counts=(2, 0, 1), seed=0):
+    """features, boxes, image_size, background; as in training, parts of the outside are not background."""
+    boxes = random_boxes(counts, (41, 50), seed)
+    background = torch.stack([reference.outside_boxes(b, (41, 50)) for b in boxes])[:, None]
+    background[..., 33:, :] = 0
+    return random_features(len(counts), 3, 6, 7, seed), boxes, (41, 50), background.float()
+
+
+def test_bap_compiles_to_one_graph():
+    same_pooling(*pooling_case(), under=partial(torch.compile, fullgraph=True), dtypes=FLOAT)
+
+
+def test_bap_compiled_takes_any_counts_of_boxes():
+    """Traced anew where it must be; the backend that runs the traced operations as they are is quick."""
+    compiled = torch.compile(BAP(), fullgraph=True, backend="eager")
+    for seed, counts in enumerate([(1, 2), (2, 1), (3, 1), (0, 0), (0, 4)]):
+        same_pooling(*pooling_case(counts, seed), under=lambda bap: compiled, dtypes=FLOAT)
+
+
+def test_bap_compiles_without_background():
+    features, boxes, image_size, _ = pooling_case()
+    same_pooling(features, boxes, image_size, under=partial(torch.compile, backend="eager"), dtypes=FLOAT)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_bap_exports(strict):
+    """What is exported with some numbers holds for others: boxes, features, background and the count of queries."""
+    example, case = pooling_case(seed=1), pooling_case(seed=2)
+    example[3][0] = 0  # no query of this image
+    example = example[0].float(), *example[1:]
+    same_pooling(*case, under=lambda bap: torch.export.export(bap, example, strict=strict).module(), dtypes=FLOAT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bap_under_autocast_is_the_same(dtype):
+    """Half precision is only the features', as a network under autocast gives them: results have float32's."""
+    features, boxes, image_size, background = pooling_case()
+    features = features.to(dtype).double()
+    same_pooling(features, boxes, image_size, background, under=torch.autocast("cpu", torch.bfloat16), dtypes=FLOAT)
+    half = features.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = BAP()(half, boxes, image_size, background)
+    expected = reference.bap(features, boxes, image_size, background)
+    for ours, theirs in zip(pooled, expected):
+        assert ours.dtype == torch.float32
+        close(ours.detach(), theirs.detach(), 1e-4)
+    gradients = [torch.autograd.grad(sum(out.square().sum() for out in outputs), f)[0]
+                 for outputs, f in ((pooled, half), (expected, features))]
+    close(*gradients, 1e-4 if dtype == torch.float32 else 2 ** -7)  # rounded once to bfloat16
+
+
+def test_bap_channels_last():
+    features, *case = pooling_case()
+    same_pooling(features.to(memory_format=torch.channels_last), *case)
 
 
 # ---- features looked at in the image's size ----

@@ -151,6 +151,33 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda c: getattr(losses, name)(c, y_crf, y_ret, temperature=4.0), cosine)
 
 
+def test_one_label_alone():
+    """H is 1 then: no loss, no gradient, and a void pixel asks for no second label."""
+    cosine = torch.full((1, 1, 1, 3), 0.5, requires_grad=True)
+    labels = torch.tensor([[[0, 0, VOID]]])
+    loss = losses.noise_aware_loss(cosine, labels, labels)
+    loss.backward()
+    assert loss.item() == 0 and not cosine.grad.any()
+
+
+def test_more_labels_than_a_byte_counts():
+    cosine, y_crf, y_ret = random_case(N=1, L=257, H=2, W=3, differ=1.0, void=0)
+    with torch.no_grad():
+        cosine[:, 256] = 0.999  # the highest, whose place is kept for the gradient
+    same("noise_aware_loss", cosine, y_crf, y_ret)
+
+
+@pytest.mark.parametrize("L", [4, 256])
+def test_kept_until_backward(L):
+    """Of cosine's size nothing but cosine itself; of the highest label's place a byte a pixel."""
+    cosine, y_crf, y_ret = random_case(L=L)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        losses.noise_aware_loss(cosine, y_crf, y_ret)
+    assert {t.data_ptr() for t in kept if t.numel() >= cosine.numel()} == {cosine.data_ptr()}
+    assert [t.shape for t in kept if t.dtype == torch.uint8] == [y_crf.shape]
+
+
 def test_sigma_is_not_detached():
     """With one pixel in ~S, sigma cancels; with two, raising the surer pixel's sigma moves the mean."""
     cosine, y_crf, y_ret = random_case(differ=1.0, void=0)

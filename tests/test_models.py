@@ -14,7 +14,7 @@ import torchvision
 from conftest import ROOT, SHARED
 from torch import nn
 
-from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError
+from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError, outside_boxes
 
 # map size, image size; the two differ by no round factor, or one side has a single cell
 SIZES = [((7, 9), (53, 70)), ((5, 6), (5, 6)), ((1, 9), (7, 70)), ((6, 1), (40, 8)), ((9, 9), (65, 65))]
@@ -92,6 +92,12 @@ def test_bap_counts_and_bins(counts, bins):
 ], ids=str)
 def test_bap_box(box):
     same_pooling(random_features(1, 3, 6, 7), [torch.tensor([box], dtype=torch.float64)], (41, 50))
+
+
+@pytest.mark.parametrize("box", [
+    (10, -9, 20, -2), (10, -9, 20, 0), (10, 43, 20, 60), (-9, 10, -2, 20), (-9, 10, 0, 20), (52, 10, 60, 20)], ids=str)
+def test_a_box_beside_the_image_touches_no_pixel(box):
+    assert outside_boxes([torch.tensor([box]).float()], (41, 50)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])

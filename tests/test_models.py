@@ -13,6 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, SHARED
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError, outside_boxes
 
@@ -42,7 +45,7 @@ def random_boxes(counts, image_size, seed=0):
     return boxes
 
 
-DOUBLE_AND_FLOAT = (torch.float64, 1e-5), (torch.float32, 1e-4)  # with the tolerance of each
+DOUBLE_AND_FLOAT = (torch.float64, 1e-10), (torch.float32, 1e-4)  # with the tolerance of each
 
 
 def same_pooling(features, boxes, image_size, background=None, under=lambda bap: bap, dtypes=DOUBLE_AND_FLOAT,
@@ -173,9 +176,16 @@ def test_bap_order_of_boxes():
     close(forth.attention, back.attention, 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2, 41, 50), (1, 1, 41, 50), (2, 3, 41, 50), (2, 1, 50, 41), (2, 1, 6, 7)])
+def test_bap_needs_a_background_of_the_images_size(shape):
+    with pytest.raises(ValueError) as error:
+        BAP()(random_features(2, 3, 6, 7), random_boxes((1, 1), (41, 50)), (41, 50), torch.ones(shape))
+    assert str(error.value) == f"background is {shape}, not (2, 1, 41, 50)"
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_bap_needs_one_list_of_boxes_an_image(count):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"^2 images but boxes of {count}$"):
         BAP()(random_features(2, 3, 6, 7), random_boxes((1,) * count, (41, 50)), (41, 50))
 
 
@@ -309,6 +319,39 @@ def test_bap_under_autocast_is_the_same(dtype):
 def test_bap_channels_last():
     features, *case = pooling_case()
     same_pooling(features.to(memory_format=torch.channels_last), *case)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes the CPU wait for the GPU: a transfer that blocks, or values or a shape read off the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out, kwargs = op(*args, **kwargs or {}), kwargs or {}
+        given = args[0].device.type if args and isinstance(args[0], torch.Tensor) else None
+        masks = op is torch.ops.aten.index.Tensor and any(index.dtype == torch.bool for index in args[1])
+        reads = masks or op is torch.ops.aten.nonzero.default or torch.Tag.data_dependent_output in op.tags
+        moved = op is torch.ops.aten._to_copy.default and out.device.type != given
+        if given == "cuda" and (reads or moved) or moved and not kwargs.get("non_blocking"):
+            self.found.append(str(op))
+        return out
+
+
+@pytest.mark.parametrize("device, waits", [("cpu", []), ("cuda", ["aten.nonzero.default"])])
+def test_bap_on_a_gpu(device, waits):
+    """Tensors that have a device and a shape but no numbers need no GPU. Features are on it; boxes and background
+    may be, too, but then the number of queries is waited for.
+    """
+    features, boxes, image_size, background = pooling_case()
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), Waits() as transfers:
+        features = torch.empty(features.shape, device="cuda")
+        boxes = [torch.empty(b.shape, device=device) for b in boxes]
+        background = torch.empty(background.shape, device=device)
+        pooled = BAP()(features, boxes, image_size, background)
+    assert all(out.device.type == "cuda" for out in pooled)
+    assert transfers.found == waits
 
 
 # ---- features looked at in the image's size ----

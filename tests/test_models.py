@@ -247,6 +247,12 @@ def test_bap_of_constant_features_is_that_constant(dtype):
         assert features.grad.isfinite().all()
 
 
+def test_bap_attention_is_at_most_1():
+    """Of constant features rounding takes some cosines beyond it."""
+    features = torch.randn(40, 64, 1, 1, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 6, 7)
+    assert BAP()(features, [torch.tensor([[8.0, 4, 40, 33]])] * 40, (41, 50)).attention.max() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("grid, size", [(3, 6), (3, 9), (4, 12), (5, 15), (6, 42), (7, 49)])
 def test_bap_grid_cells_that_end_on_cell_edges(grid, size, dtype):

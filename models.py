@@ -79,6 +79,8 @@ class BAP(nn.Module):
     forward(features (N, C, h, w), boxes: N float tensors (K_i, 4), image_size (H, W), background (N, 1, H, W),
     1 where a pixel is known background, default: outside every box) -> Pooled.
     Boxes and background may stay on the CPU: then nothing here waits for the GPU.
+    Given background, torch.compile makes one graph of it. torch.export fixes the numbers of boxes, K_i, and leaves
+    J free.
     """
 
     def __init__(self, grid=4, bins=2, min_background=0.125):
@@ -141,7 +143,7 @@ class BAP(nn.Module):
         counts = [len(b) for b in boxes]
         if not sum(counts):
             return f.new_zeros(0, self.bins ** 2, f.shape[1]) + 0 * f.sum()
-        padded = nn.utils.rnn.pad_sequence([b.as_subclass(torch.Tensor) for b in boxes], batch_first=True).to(f.dtype)
+        padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True).to(f.dtype)
         x0, y0, x1, y1 = padded.unbind(2)
         rows = coverage(split(y0, y1, self.bins), image_size[0], map_size[0]).to(f.device, non_blocking=True)
         columns = coverage(split(x0, x1, self.bins), image_size[1], map_size[1]).to(f.device, non_blocking=True)
@@ -150,9 +152,8 @@ class BAP(nn.Module):
         blank = aware.sum(2, keepdim=True) <= 1e-4 * weights.sum(2, keepdim=True)
         weights = torch.where(blank, weights, aware)
         weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-12)
-        means = (weights @ f.mT).view(len(boxes) * padded.shape[1], self.bins ** 2, -1)
-        real = [i * padded.shape[1] + k for i, count in enumerate(counts) for k in range(count)]
-        return means[torch.tensor(real).to(f.device, non_blocking=True)]
+        means = (weights @ f.mT).unflatten(1, (-1, self.bins ** 2))
+        return torch.cat([image[:count] for image, count in zip(means, counts)])
 
 
 # ---------------------------------------------------------------- upsampled features, never formed

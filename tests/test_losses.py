@@ -1,5 +1,6 @@
 """losses.py against the equations in reference.py: values, gradients, and what happens with void pixels."""
 import math
+from functools import partial
 
 import pytest
 import reference
@@ -150,6 +151,33 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda c: getattr(losses, name)(c, y_crf, y_ret, temperature=4.0), cosine)
 
 
+def test_one_label_alone():
+    """H is 1 then: no loss, no gradient, and a void pixel asks for no second label."""
+    cosine = torch.full((1, 1, 1, 3), 0.5, requires_grad=True)
+    labels = torch.tensor([[[0, 0, VOID]]])
+    loss = losses.noise_aware_loss(cosine, labels, labels)
+    loss.backward()
+    assert loss.item() == 0 and not cosine.grad.any()
+
+
+def test_more_labels_than_a_byte_counts():
+    cosine, y_crf, y_ret = random_case(N=1, L=257, H=2, W=3, differ=1.0, void=0)
+    with torch.no_grad():
+        cosine[:, 256] = 0.999  # the highest, whose place is kept for the gradient
+    same("noise_aware_loss", cosine, y_crf, y_ret)
+
+
+@pytest.mark.parametrize("L", [4, 256])
+def test_kept_until_backward(L):
+    """Of cosine's size nothing but cosine itself; of the highest label's place a byte a pixel."""
+    cosine, y_crf, y_ret = random_case(L=L)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        losses.noise_aware_loss(cosine, y_crf, y_ret)
+    assert {t.data_ptr() for t in kept if t.numel() >= cosine.numel()} == {cosine.data_ptr()}
+    assert [t.shape for t in kept if t.dtype == torch.uint8] == [y_crf.shape]
+
+
 def test_sigma_is_not_detached():
     """With one pixel in ~S, sigma cancels; with two, raising the surer pixel's sigma moves the mean."""
     cosine, y_crf, y_ret = random_case(differ=1.0, void=0)
@@ -169,3 +197,34 @@ def test_one_loss_of_a_batch_is_a_mean_over_its_pixels(name):
     row = getattr(losses, name)(torch.cat(list(cosine), 1)[None], y_crf.flatten(0, 1)[None],
                                 y_ret.flatten(0, 1)[None])
     torch.testing.assert_close(loss, row)
+
+
+# ---- under PyTorch's tools ----
+
+class Module(torch.nn.Module):
+    def forward(self, *inputs):
+        return losses.noise_aware_loss(*inputs)
+
+
+def exported(loss):
+    """The loss, exported with other numbers than it is called with."""
+    cosine, y_crf, y_ret = random_case(void=0, seed=5)
+    return torch.export.export(Module(), (cosine.detach().float(), y_crf, y_ret)).module()
+
+
+def channels_last(loss):
+    return lambda cosine, *labels: loss(cosine.contiguous(memory_format=torch.channels_last), *labels)
+
+
+@pytest.mark.parametrize("under", [
+    partial(torch.compile, fullgraph=True), exported, torch.autocast("cpu", torch.bfloat16), channels_last
+], ids=["compile", "export", "autocast", "channels_last"])
+def test_noise_aware_loss_under(under):
+    cosine, y_crf, y_ret = random_case(seed=4)
+    single = cosine.detach().float().requires_grad_()
+    loss = under(losses.noise_aware_loss)(single, y_crf, y_ret)
+    assert loss.dtype == torch.float32
+    expected = reference.noise_aware_loss(cosine, y_crf, y_ret)
+    ours, theirs = value_and_gradient(loss, single), value_and_gradient(expected, cosine)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours[1].double(), theirs[1], rtol=1e-4, atol=1e-6)

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from urllib.error import URLError
 
 import pytest
@@ -12,8 +13,11 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, SHARED
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError
+from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError, outside_boxes
 
 # map size, image size; the two differ by no round factor, or one side has a single cell
 SIZES = [((7, 9), (53, 70)), ((5, 6), (5, 6)), ((1, 9), (7, 70)), ((6, 1), (40, 8)), ((9, 9), (65, 65))]
@@ -41,8 +45,14 @@ def random_boxes(counts, image_size, seed=0):
     return boxes
 
 
-def same_pooling(features, boxes, image_size, background=None, **settings):
-    """Outputs, and the gradients of a random weighted sum of them, equal the reference's."""
+DOUBLE_AND_FLOAT = (torch.float64, 1e-10), (torch.float32, 1e-4)  # with the tolerance of each
+
+
+def same_pooling(features, boxes, image_size, background=None, under=lambda bap: bap, dtypes=DOUBLE_AND_FLOAT,
+                 **settings):
+    """Outputs, and the gradients of a random weighted sum of them, equal the reference's. `under`: what BAP is
+    called through.
+    """
     features.requires_grad_()
     expected = reference.bap(features, boxes, image_size, background, **settings)
     g = torch.Generator().manual_seed(1)
@@ -53,9 +63,9 @@ def same_pooling(features, boxes, image_size, background=None, **settings):
         return torch.autograd.grad(total + 0 * features.sum(), features)[0]
 
     theirs = gradient(expected, features)
-    for dtype, tolerance in [(torch.float64, 1e-5), (torch.float32, 1e-4)]:
+    for dtype, tolerance in dtypes:
         f = features.detach().to(dtype).requires_grad_()
-        pooled = BAP(**settings)(f, [b.to(dtype) for b in boxes], image_size, background)
+        pooled = under(BAP(**settings))(f, [b.to(dtype) for b in boxes], image_size, background)
         for name, out in zip(("foreground", "queries", "attention"), expected):
             assert getattr(pooled, name).dtype == dtype
             close(getattr(pooled, name).detach(), out.detach(), tolerance)
@@ -85,6 +95,12 @@ def test_bap_counts_and_bins(counts, bins):
 ], ids=str)
 def test_bap_box(box):
     same_pooling(random_features(1, 3, 6, 7), [torch.tensor([box], dtype=torch.float64)], (41, 50))
+
+
+@pytest.mark.parametrize("box", [
+    (10, -9, 20, -2), (10, -9, 20, 0), (10, 43, 20, 60), (-9, 10, -2, 20), (-9, 10, 0, 20), (52, 10, 60, 20)], ids=str)
+def test_a_box_beside_the_image_touches_no_pixel(box):
+    assert outside_boxes([torch.tensor([box]).float()], (41, 50)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
@@ -160,9 +176,16 @@ def test_bap_order_of_boxes():
     close(forth.attention, back.attention, 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2, 41, 50), (1, 1, 41, 50), (2, 3, 41, 50), (2, 1, 50, 41), (2, 1, 6, 7)])
+def test_bap_needs_a_background_of_the_images_size(shape):
+    with pytest.raises(ValueError) as error:
+        BAP()(random_features(2, 3, 6, 7), random_boxes((1, 1), (41, 50)), (41, 50), torch.ones(shape))
+    assert str(error.value) == f"background is {shape}, not (2, 1, 41, 50)"
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_bap_needs_one_list_of_boxes_an_image(count):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"^2 images but boxes of {count}$"):
         BAP()(random_features(2, 3, 6, 7), random_boxes((1,) * count, (41, 50)), (41, 50))
 
 
@@ -224,6 +247,12 @@ def test_bap_of_constant_features_is_that_constant(dtype):
         assert features.grad.isfinite().all()
 
 
+def test_bap_attention_is_at_most_1():
+    """Of constant features rounding takes some cosines beyond it."""
+    features = torch.randn(40, 64, 1, 1, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 6, 7)
+    assert BAP()(features, [torch.tensor([[8.0, 4, 40, 33]])] * 40, (41, 50)).attention.max() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("grid, size", [(3, 6), (3, 9), (4, 12), (5, 15), (6, 42), (7, 49)])
 def test_bap_grid_cells_that_end_on_cell_edges(grid, size, dtype):
@@ -235,6 +264,100 @@ def test_bap_grid_cells_that_end_on_cell_edges(grid, size, dtype):
         pooled = BAP(grid=grid, min_background=0.0)(features, [torch.zeros(0, 4)], (size, size), background)
         expected = features[0][:, background[0, 0] > 0].mean(1)
         torch.testing.assert_close(pooled.queries, expected[None])
+
+
+# ---- BAP under PyTorch's tools ----
+
+FLOAT = DOUBLE_AND_FLOAT[1:]
+
+
+def pooling_case(counts=(2, 0, 1), seed=0):
+    """features, boxes, image_size, background; as in training, parts of the outside are not background."""
+    boxes = random_boxes(counts, (41, 50), seed)
+    background = torch.stack([reference.outside_boxes(b, (41, 50)) for b in boxes])[:, None]
+    background[..., 33:, :] = 0
+    return random_features(len(counts), 3, 6, 7, seed), boxes, (41, 50), background.float()
+
+
+def test_bap_compiles_to_one_graph():
+    same_pooling(*pooling_case(), under=partial(torch.compile, fullgraph=True), dtypes=FLOAT)
+
+
+def test_bap_compiled_takes_any_counts_of_boxes():
+    """Traced anew where it must be; the backend that runs the traced operations as they are is quick."""
+    compiled = torch.compile(BAP(), fullgraph=True, backend="eager")
+    for seed, counts in enumerate([(1, 2), (2, 1), (3, 1), (0, 0), (0, 4)]):
+        same_pooling(*pooling_case(counts, seed), under=lambda bap: compiled, dtypes=FLOAT)
+
+
+def test_bap_compiles_without_background():
+    features, boxes, image_size, _ = pooling_case()
+    same_pooling(features, boxes, image_size, under=partial(torch.compile, backend="eager"), dtypes=FLOAT)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_bap_exports(strict):
+    """What is exported with some numbers holds for others: boxes, features, background and the count of queries."""
+    example, case = pooling_case(seed=1), pooling_case(seed=2)
+    example[3][0] = 0  # no query of this image
+    example = example[0].float(), *example[1:]
+    same_pooling(*case, under=lambda bap: torch.export.export(bap, example, strict=strict).module(), dtypes=FLOAT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bap_under_autocast_is_the_same(dtype):
+    """Half precision is only the features', as a network under autocast gives them: results have float32's."""
+    features, boxes, image_size, background = pooling_case()
+    features = features.to(dtype).double()
+    same_pooling(features, boxes, image_size, background, under=torch.autocast("cpu", torch.bfloat16), dtypes=FLOAT)
+    half = features.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = BAP()(half, boxes, image_size, background)
+    expected = reference.bap(features, boxes, image_size, background)
+    for ours, theirs in zip(pooled, expected):
+        assert ours.dtype == torch.float32
+        close(ours.detach(), theirs.detach(), 1e-4)
+    gradients = [torch.autograd.grad(sum(out.square().sum() for out in outputs), f)[0]
+                 for outputs, f in ((pooled, half), (expected, features))]
+    close(*gradients, 1e-4 if dtype == torch.float32 else 2 ** -7)  # rounded once to bfloat16
+
+
+def test_bap_channels_last():
+    features, *case = pooling_case()
+    same_pooling(features.to(memory_format=torch.channels_last), *case)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes the CPU wait for the GPU: a transfer that blocks, or values or a shape read off the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out, kwargs = op(*args, **kwargs or {}), kwargs or {}
+        given = args[0].device.type if args and isinstance(args[0], torch.Tensor) else None
+        masks = op is torch.ops.aten.index.Tensor and any(index.dtype == torch.bool for index in args[1])
+        reads = masks or op is torch.ops.aten.nonzero.default or torch.Tag.data_dependent_output in op.tags
+        moved = op is torch.ops.aten._to_copy.default and out.device.type != given
+        if given == "cuda" and (reads or moved) or moved and not kwargs.get("non_blocking"):
+            self.found.append(str(op))
+        return out
+
+
+@pytest.mark.parametrize("device, waits", [("cpu", []), ("cuda", ["aten.nonzero.default"])])
+def test_bap_on_a_gpu(device, waits):
+    """Tensors that have a device and a shape but no numbers need no GPU. Features are on it; boxes and background
+    may be, too, but then the number of queries is waited for.
+    """
+    features, boxes, image_size, background = pooling_case()
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), Waits() as transfers:
+        features = torch.empty(features.shape, device="cuda")
+        boxes = [torch.empty(b.shape, device=device) for b in boxes]
+        background = torch.empty(background.shape, device=device)
+        pooled = BAP()(features, boxes, image_size, background)
+    assert all(out.device.type == "cuda" for out in pooled)
+    assert transfers.found == waits
 
 
 # ---- features looked at in the image's size ----

@@ -1,0 +1,156 @@
+"""BAP and NAL in other people's code: README's examples as they stand there, and training in two processes."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+import losses
+import models
+
+# ---- README's examples ----
+
+OBJECTS = {"one": ["dog"], "two": ["dog", "tvmonitor", "person"]}  # classes of each image's boxes: 12, 20, 15
+OBJECT = ("<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+          "</object>")
+
+
+def make_voc(folder):
+    """Two noisy photographs and their boxes in the devkit's layout."""
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ImageSets/Main/train.txt").write_text("\n".join(OBJECTS) + "\n")
+    g = torch.Generator().manual_seed(0)
+    for name, classes in OBJECTS.items():
+        pixels = torch.randint(256, (60, 80, 3), generator=g, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).resize((400, 300)).save(folder / f"JPEGImages/{name}.jpg")
+        boxes = [OBJECT.format(c, 40 + 30 * i, 60, 150 + 60 * i, 220 + 20 * i) for i, c in enumerate(classes)]
+        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{''.join(boxes)}</annotation>")
+
+
+def example(module):
+    """The README's program that imports `module`."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    program, = (p for p in programs if f"from {module} import" in p)
+    return program
+
+
+# What is checked in the program's own process after its last step, of a batch of both images.
+CHECKS = {
+    "models": """
+assert pooled.foreground.shape == (4, 4, 2048) and pooled.attention.shape == (2, 1, 29, 29)
+assert len(pooled.queries) > 4 and logits.shape == (16 + len(pooled.queries), 21)
+assert sorted(labels[:16].tolist()) == [12] * 8 + [15] * 4 + [20] * 4 and not labels[16:].any()
+""",
+    "losses": """
+assert cosine.shape == (2, 21, 225, 225) and cosine.abs().max() <= 1 + 1e-5
+for y in (y_crf, y_ret):
+    assert [sorted(image.unique().tolist()) for image in y] in ([[0, 12], [0, 12, 15, 20]], [[0, 12, 15, 20], [0, 12]])
+assert 0.02 < (y_crf != y_ret).float().mean() < 0.5
+"""}
+MOVED = """
+start = torchvision.models.resnet50(weights="IMAGENET1K_V1").state_dict()
+assert all(not torch.equal(value, start[name]) for name, value in resnet.named_parameters() if "conv" in name)
+assert all(value.isfinite().all() for value in body.parameters())
+"""
+
+
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory):
+    """torch.hub's folder with a random ResNet-50 under the name of torchvision's file of ImageNet weights."""
+    home = tmp_path_factory.mktemp("home")
+    entry = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    (home / "hub/checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    state = torchvision.models.resnet50(zero_init_residual=True).state_dict()
+    state = {name: value / 100 + 0.01 if name.endswith("bn3.weight") else value for name, value in state.items()}
+    torch.save(state, home / "hub/checkpoints" / entry.url.rpartition("/")[2])
+    return home
+
+
+@pytest.mark.parametrize("module", ["models", "losses"])
+def test_example_of_the_readme(tmp_path, torch_home, module):
+    """One step, in a folder with nothing but the one file and the data."""
+    shutil.copy(ROOT / f"{module}.py", tmp_path)
+    make_voc(tmp_path / "data/VOCdevkit/VOC2012")
+    (tmp_path / "example.py").write_text(example(module) + CHECKS[module] + MOVED)
+    environment = {**os.environ, "PYTHONPATH": "", "TORCH_HOME": str(torch_home)}
+    run = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert 0 < float(run.stdout) < 100
+
+
+# ---- DistributedDataParallel ----
+
+class Boxes(nn.Module):
+    """A network of one convolution and a classifier; its loss, of a case's boxes and background."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classifier = nn.Conv2d(3, 8, 3, stride=8, padding=1), nn.Linear(8, 5)
+        self.pooling = models.BAP()
+
+    def forward(self, images, boxes, background):
+        pooled = self.pooling(self.body(images), boxes, images.shape[2:], background)
+        return sum(self.classifier(out).square().sum() for out in (pooled.foreground, pooled.queries))
+
+
+class Pixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3, padding=1)
+        self.classes = nn.Parameter(torch.randn(5, 8, 1, 1))
+
+    def forward(self, images, y_crf, y_ret):
+        cosine = F.conv2d(F.normalize(self.body(images), dim=1), F.normalize(self.classes, dim=1))
+        return losses.noise_aware_loss(cosine, y_crf, y_ret)
+
+
+def case(network, rank):
+    """A batch of each process. The second has no boxes and no background, or no label."""
+    g = torch.Generator().manual_seed(rank)
+    images = torch.randn(2, 3, 33, 41, generator=g)
+    if network is Boxes:
+        boxes = [torch.tensor([[4.0, 4, 30, 28], [10, 2, 25, 20]]), torch.tensor([[1.0, 8, 20, 30]])]
+        background = torch.ones(2, 1, 33, 41)
+        background[..., 2:30, 1:30] = 0
+        return (images, [b[:0] for b in boxes], 0 * background) if rank else (images, boxes, background)
+    labels = torch.randint(5, (2, 2, 33, 41), generator=g)
+    return images, *(torch.full_like(labels, 255) if rank else labels)
+
+
+def gradients(network, rank, wrap=lambda module: module):
+    torch.manual_seed(0)
+    module = network()
+    wrapped = wrap(module)  # DDP acts as long as it is held
+    wrapped(*case(network, rank)).backward()
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = [gradients(network, rank, nn.parallel.DistributedDataParallel) for network in (Boxes, Pixels)]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Each process has the mean of both processes' gradients, also where one of them has nothing to learn from."""
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for number, network in enumerate((Boxes, Pixels)):
+        alone = [gradients(network, rank) for rank in (0, 1)]
+        for name, gradient in alone[0].items():
+            assert gradient.any() and not alone[1][name].any()
+            for of_rank in found:
+                torch.testing.assert_close(of_rank[number][name], gradient / 2)

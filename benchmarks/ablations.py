@@ -117,7 +117,6 @@ def nal(config, arguments):
 
 
 def u0(config, arguments):
-    yield from loss(config, arguments, {"as set": LOSS["NAL"]})
     for threshold in THRESHOLDS:
         made = f"{config.run.name}_threshold{threshold}"
         link(config, made, ["cls.pt"])
@@ -125,6 +124,7 @@ def u0(config, arguments):
                f"make_labels.splits=[{config.data.train}]")
         own = engine.configure("train_seg", [*arguments, f"run.name={made}"])
         yield from loss(own, arguments, {f"threshold {threshold}": LOSS["NAL"]})
+    yield from loss(config, arguments, {"as set": LOSS["NAL"]})
 
 
 STUDIES = dict(pooling=pooling, grid=grid, labels=choices, loss=loss, nal=nal, u0=u0)

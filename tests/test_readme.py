@@ -25,22 +25,25 @@ NARROW = {"shapes": "train_cls.width=0.0625 train_seg.width=0.0625",
           "voc_vgg16": "train_cls.width=0.0625 train_seg.width=0.0625 train_cls.weights=none train_seg.weights=none",
           "voc_resnet101": "train_cls.width=0.0625 train_cls.weights=none train_seg.weights=none",
           "voc_cpu": "train_cls.weights=none train_seg.weights=none"}
-ELSEWHERE = {  # begins with -> where it is tested, or why not
-    "make ": "test_make", "python datasets.py download": "fetches gigabytes; test_datasets tests the merging",
-    "python benchmarks/speed.py": "takes minutes; run by hand", "python benchmarks/ablations.py": "test_ablations",
-    "pip install": "requirements-dev.txt", "torchrun": "test_torchrun"}
+ELSEWHERE = {  # what a command holds -> where it is tested, or why not
+    "make ": "test_make", "datasets.py download": "fetches gigabytes; test_datasets tests the merging",
+    "benchmarks/speed.py": "takes minutes; run by hand", "benchmarks/ablations.py": "test_ablations",
+    "pip install": "requirements-dev.txt", "mine.yaml": "test_formats", "data/mine": "test_formats"}
 
 
 def commands():
     """Of code blocks and of `inline code`, in the order of the text."""
     found = []
-    for block, inline in re.findall(r"```\n(.*?)```|`((?:python|torchrun|make|pip) [^`]*)`", README, re.S):
-        found += [line.split("  #")[0].strip() for line in (block or inline).replace("\\\n", " ").splitlines()]
+    for number, part in enumerate(re.split(r"^```.*\n", README, flags=re.M)):
+        if number % 2:  # inside a fence
+            found += [line.split("  #")[0].strip() for line in part.splitlines()]
+        else:
+            found += re.findall(r"`([^`]+)`", part)
     return [line for line in found if re.match(r"(python|torchrun|make|pip) ", line)]
 
 
 def is_elsewhere(command):
-    return any(command.startswith(start) for start in ELSEWHERE)
+    return any(part in command for part in ELSEWHERE)
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +68,33 @@ def work(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not is_elsewhere(c)])
+def quick(arguments):
+    config = next((Path(a).stem for a in arguments if a.endswith(".yaml")), "shapes")
+    return " ".join([*QUICK.values(), NARROW[config]]).split()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python") and not is_elsewhere(c)])
 def test_command(work, monkeypatch, capsys, command):
     monkeypatch.chdir(work)
     _, script, *arguments = shlex.split(command)
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     if script != "datasets.py":
-        config = next((Path(a).stem for a in arguments if a.endswith(".yaml")), "shapes")
-        arguments += " ".join([*QUICK.values(), NARROW[config]]).split()
+        arguments += quick(arguments)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         assert not end.code, capsys.readouterr().err
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("torchrun")])
+def test_torchrun(work, command):
+    _, *options, script, config = shlex.split(command)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+    done = subprocess.run([*start, ROOT / script, config, *quick([config]), "run.name=ranks"], cwd=work,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "cls.pt: 2 iterations" in done.stdout, done.stderr
 
 
 def test_make():

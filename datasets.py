@@ -24,6 +24,7 @@ import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+Pathlike = str | os.PathLike
+Boxes = tuple[torch.Tensor, torch.Tensor, tuple[int, int]]  # boxes (K,4), labels (K,), (height, width)
+Report = Callable[["DataError"], object]  # what is done with a fault: raise it, or note it and go on
 VOID = 255
 MOST_PIXELS = 50_000_000  # of one image: more is taken for a decompression bomb
 LEAST_SIDE = 0.01  # pixels of a box: of a thinner one float32 may see nothing
@@ -76,7 +80,7 @@ class Settings:
 
 # ---------------------------------------------------------------------------------------------- files
 
-def read_list(root, split, folder="ImageSets/Segmentation"):
+def read_list(root: Pathlike, split: str, folder: str = "ImageSets/Segmentation") -> list[str]:
     """The ids in ROOT/FOLDER/SPLIT.txt, one a line, in order; blank lines are skipped.
 
     Raises DataError if the list is missing or empty, or holds a path or the same id twice."""
@@ -102,7 +106,7 @@ def _read_lines(kind, path):
         raise DataError(f"{path}: cannot read this {kind} ({type(error).__name__}); save it as UTF-8 text") from None
 
 
-def find_images(root, split, images="JPEGImages"):
+def find_images(root: Pathlike, split: str, images: str = "JPEGImages") -> dict[str, Path]:
     """{id: path} of a list's images, in its order. The list `all`, unless there is one, is every image of the folder.
 
     Raises DataError as read_list and list_images do; whether a listed image is there, it leaves open."""
@@ -116,13 +120,13 @@ def find_images(root, split, images="JPEGImages"):
     return {name: found.get(name, path) for name, path in paths.items()}
 
 
-def list_images(folder, report=_stop):
+def list_images(folder: Pathlike, report: Report = _stop) -> dict[str, Path]:
     """{id: path} of every image in a folder, sorted by id. Hidden files, and what ends otherwise, are left out.
 
     Raises DataError if there is none, two are of one id, or a name cannot be shown in a line."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; set data.images to the folder of the images")
-    found = {}
+    found: dict[str, Path] = {}
     for name in sorted(os.listdir(folder)):
         stem, ending = os.path.splitext(name)
         if ending.lower() not in ENDINGS or name.startswith("."):
@@ -130,7 +134,7 @@ def list_images(folder, report=_stop):
         if not name.isprintable():
             report(DataError(f"{folder}: an image is called {name!a}; rename it to plain letters"))
         elif stem in found:
-            report(DataError(f"{folder / name}: a second image with the id {stem}, beside {found[stem].name}; "
+            report(DataError(f"{Path(folder, name)}: a second image with the id {stem}, beside {found[stem].name}; "
                              "rename or remove one"))
         else:
             found[stem] = Path(folder, name)
@@ -139,12 +143,12 @@ def list_images(folder, report=_stop):
     return dict(sorted(found.items()))
 
 
-def read_image(path):
+def read_image(path: Pathlike) -> np.ndarray:
     """The image as (H,W,3) uint8 RGB. Raises DataError if it is missing, broken or cut short."""
     return np.asarray(_open(path, lambda image: image.convert("RGB")))
 
 
-def read_mask(path, num_labels):
+def read_mask(path: Pathlike, num_labels: int) -> np.ndarray:
     """A label image, palette or grey PNG, as (H,W) uint8: 0..num_labels-1, and 255 for void.
 
     Raises DataError if it is missing, broken, in colour, or holds another value."""
@@ -174,7 +178,7 @@ def _open(path, read):
         raise DataError(f"{path}: broken image file ({reason}); fetch or save it again") from None
 
 
-def palette():
+def palette() -> np.ndarray:
     """VOC's colour map, (256,3) uint8: the bits of a label, spread over the high bits of R, G and B."""
     labels = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
@@ -184,7 +188,7 @@ def palette():
     return colours
 
 
-def write(path, content):
+def write(path: Pathlike, content: bytes | memoryview) -> None:
     """Writes bytes as a file that appears whole or not at all: beside it, to the disk, then renamed.
 
     Makes parent folders. What a killed process leaves beside it, the next try overwrites. OSError names path."""
@@ -203,14 +207,14 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def png(image):
+def png(image: Image.Image) -> bytes:
     """A PIL image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def write_mask(path, labels):
+def write_mask(path: Pathlike, labels: np.ndarray) -> None:
     """Writes (H,W) uint8 labels as a PNG with VOC's palette, whole or not at all; makes parent folders."""
     image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
     image.putpalette(palette().tobytes())
@@ -219,7 +223,8 @@ def write_mask(path, labels):
 
 # ---------------------------------------------------------------------------------------------- boxes
 
-def box_reader(path, classes=None, report=_stop):
+def box_reader(path: Pathlike, classes: Sequence[str] | None = None,
+               report: Report = _stop) -> tuple[Callable[[str, Pathlike], Boxes], Sequence[str]]:
     """A function (id, path of the image) -> (boxes, labels, (height, width)), and the classes.
 
     `path`: a COCO JSON file, a folder of YOLO's ID.txt, or of VOC's ID.xml; boxes and labels as of
@@ -237,7 +242,8 @@ def box_reader(path, classes=None, report=_stop):
     return lambda name, image: read_annotation(path / f"{name}.xml", classes, image, report), classes
 
 
-def read_annotation(path, classes, image=None, report=_stop):
+def read_annotation(path: Pathlike, classes: Sequence[str], image: Pathlike | None = None,
+                    report: Report = _stop) -> Boxes:
     """The boxes of every object in a VOC XML file, also of the difficult and the truncated ones.
 
     Returns (boxes, labels, (height, width)): (K,4) float32 x0, y0, x1, y1 in continuous pixels, x1 and y1
@@ -274,7 +280,7 @@ def _voc_names(folder):
     return sorted({_name(item.findtext("name")) for root in roots for item in root.findall("object")} - {""})
 
 
-def read_yolo(path, classes, image, report=_stop):
+def read_yolo(path: Pathlike, classes: Sequence[str], image: Pathlike, report: Report = _stop) -> Boxes:
     """The boxes of a YOLO file, of lines `class cx cy w h`: the class's index, and shares of the image's size.
 
     A file that is not there means no objects. Returns and raises as read_annotation does; a box that leaves
@@ -562,7 +568,7 @@ def _outside(boxes, size):
     return background
 
 
-def balance_weights(dataset):
+def balance_weights(dataset: VOCDataset) -> torch.Tensor:
     """(len(dataset),) float: 1 / the number of images that show the image's rarest class, for Stream.
 
     An image without objects gets the mean of the others. Needs a dataset with boxes."""
@@ -581,7 +587,7 @@ class Stream(torch.utils.data.Dataset):
     So a run can be stopped, resumed and shared out among workers and devices without changing it. The order
     is one shuffled epoch after another, or, with `weights` (len(dataset),), drawn in proportion to them."""
 
-    def __init__(self, dataset, length, seed, weights=None):
+    def __init__(self, dataset: VOCDataset, length: int, seed: int, weights: torch.Tensor | None = None):
         self.dataset, self.seed = dataset, seed
         generator, size = torch.Generator().manual_seed(seed), len(dataset)
         epochs = [torch.randperm(size, generator=generator) if weights is None
@@ -601,11 +607,11 @@ class Stream(torch.utils.data.Dataset):
             return self.dataset[self.order[k]]
 
 
-def collate(samples):
+def collate(samples: list[dict]) -> dict:
     """A batch of N samples, a dict: id, a list; image (N,3,H,W) uint8; boxes and labels, lists of N tensors,
     (K_i,4) and (K_i,); background (N,1,H,W) uint8, 1 only where a pixel is known background, so 0 on padding;
     masks (N,M,H,W) uint8. What the samples lack, it lacks."""
-    columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+    columns: dict = {key: [sample[key] for sample in samples] for key in samples[0]}
     for key in ("image", "background", "masks"):
         if key in columns:
             columns[key] = torch.stack([value.as_subclass(torch.Tensor) for value in columns[key]])
@@ -617,13 +623,13 @@ def collate(samples):
 
 # -------------------------------------------------------------------------------------- augmentation
 
-def random_scale(sample, scale):
+def random_scale(sample: dict, scale: Sequence[float]) -> dict:
     """Resizes the sample by one factor drawn from U(scale)."""
     factor = torch.empty(1).uniform_(*scale).item()
     return v2.Resize([max(1, round(factor * side)) for side in sample["image"].shape[-2:]])(sample)
 
 
-def drop_thin_boxes(sample):
+def drop_thin_boxes(sample: dict) -> dict:
     """Clips the boxes to the image; those left under a pixel wide or high go, together with their labels."""
     if "boxes" not in sample:
         return sample
@@ -632,7 +638,8 @@ def drop_thin_boxes(sample):
     return sample | {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": sample["labels"][keep]}
 
 
-def training_transform(crop, fill, scale=(0.5, 1.5), jitter=0.5):
+def training_transform(crop: int, fill: Sequence[int], scale: Sequence[float] = (0.5, 1.5),
+                       jitter: float = 0.5) -> Callable[[dict], dict]:
     """Scale U(scale), pad with the colour `fill` (RGB, 0..255) and the masks with 255, crop x crop pixels at
     random, flip, jitter brightness, contrast and saturation. Takes and returns a sample of VOCDataset."""
     return v2.Compose([
@@ -778,7 +785,7 @@ def _annotation(owner, labels):
     return text + "</annotation>\n"
 
 
-def make_shapes(root, train=360, val=120, seed=0):
+def make_shapes(root: Pathlike, train: int = 360, val: int = 120, seed: int = 0) -> None:
     """Writes the demo set to `root`, whole or not at all: lists train and val, classes SHAPES, sides SIDES.
 
     Image n depends on (seed, n) alone. Textured backgrounds run on into boxes that their objects, of nearly
@@ -876,7 +883,7 @@ def _read_upright(path):
 
 # ------------------------------------------------------------------------------------------ download
 
-def download(root):
+def download(root: Pathlike) -> Path:
     """Fetches VOC 2012 (2 GB) and SBD (1.4 GB) under `root`, merges them, returns the folder for data.root.
 
     Raises DataError if a download fails; what was fetched is kept for the next try."""
@@ -893,7 +900,7 @@ def download(root):
     return voc
 
 
-def merge_augmented(voc, sbd, expected=10582):
+def merge_augmented(voc: Pathlike, sbd: Pathlike, expected: int = 10582) -> None:
     """Writes VOC/SegmentationClassAug, VOC's own masks and SBD's where VOC has none, and the list train_aug.
 
     train_aug = (SBD train + SBD val + VOC train) - VOC val. Raises DataError, with nothing written, unless

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ import datasets
 import models
 
 MOST_YAML = 50_000  # characters
+Some = TypeVar("Some", bound=models.Network)
 LEAST = {"run.seed": 0, "run.workers": 0, "run.log_every": 1, "run.save_every": 1, "iterations": 1, "batch": 1,
          "crop": 9, "width": 0.01, "jitter": 0, "lr": 0, "train_cls.grid": 1, "train_cls.bins": 1,
          "make_labels.crf_iterations": 1, "make_labels.pictures": 0, "eval.crf_iterations": 1, "eval.panels": 0}
@@ -430,7 +431,7 @@ def read_checkpoint(path: Path) -> dict:
         raise UsageError(f"{path}: not a checkpoint; delete it, then run python {MADE_BY[path.name]}") from None
 
 
-def load_network(config: SimpleNamespace, name: str, network: models.Network, settings: Training) -> models.Network:
+def load_network(config: SimpleNamespace, name: str, network: Some, settings: Training) -> Some:
     """runs/NAME/cls.pt or seg.pt into a network in evaluation mode; its backbone and classes must be the settings'."""
     path = config.path / name
     checkpoint = read_checkpoint(path)

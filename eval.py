@@ -11,8 +11,10 @@ of images, pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archi
 import glob
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,13 +46,13 @@ class Settings:
     photos: bool = True  # false: panels.png without the images, where they may not be shown
 
 
-def method(s):
+def method(s: Settings) -> str:
     """What is measured, in words: plain, or what is added to it."""
     parts = [f"scales {' '.join(f'{v:g}' for v in s.scales)}"] * (s.scales != [1]) + ["flip"] * s.flip + ["CRF"] * s.crf
     return " + ".join(parts) or "plain"
 
 
-def prediction_folder(config):
+def prediction_folder(config: SimpleNamespace) -> Path:
     """runs/NAME/predictions/METHOD, or pictures/METHOD."""
     kind = "pictures" if config.eval.images else "predictions"
     return config.path / kind / method(config.eval).replace(" + ", "_").replace(" ", "_")
@@ -59,9 +61,9 @@ def prediction_folder(config):
 class Pictures(torch.utils.data.Dataset):
     """Any image files: samples of id, the file's name without its ending, and image (3, H, W) uint8."""
 
-    def __init__(self, pattern):
+    def __init__(self, pattern: str):
         found = sorted(glob.glob(pattern))
-        self.paths = {Path(path).stem: path for path in found}
+        self.paths = {Path(path).stem: Path(path) for path in found}
         self.ids = list(self.paths)
         if len(self.ids) != len(found) or not found:
             raise engine.UsageError(f"eval.images: {pattern}: no such files, or two of one name")
@@ -75,7 +77,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @torch.inference_mode()
-def predict(network, image, scales, flip):
+def predict(network: models.DeepLab, image: torch.Tensor, scales: list[float], flip: bool) -> torch.Tensor:
     """image (3, H, W) uint8 -> cosine maps (L, H, W), the mean over scales and mirror images."""
     size, views = image.shape[1:], []
     for scale in scales:
@@ -94,7 +96,8 @@ def predict(network, image, scales, flip):
     return torch.stack(views).mean(0)
 
 
-def sharpen(image, log_probabilities, margin, bilateral, gaussian, iterations):
+def sharpen(image: np.ndarray, log_probabilities: np.ndarray, margin: float, bilateral: Sequence[float],
+            gaussian: Sequence[float], iterations: int) -> np.ndarray:
     """Labels (H, W) uint8 by the CRF, from log probabilities (L, H, W), over the labels that can win: those that
     come, somewhere, within `margin` of the most probable one's logarithm.
     """
@@ -127,7 +130,7 @@ def predict_split(config, network, dataset, folder):
         datasets.write_mask(folder / f"{name}.png", labels)
 
 
-def write_submission(config, ids, folder):
+def write_submission(config: SimpleNamespace, ids: list[str], folder: Path) -> None:
     """The predictions where VOC's server looks for them: results/VOC2012/Segmentation/comp6_test_cls/ID.png."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
@@ -137,7 +140,7 @@ def write_submission(config, ids, folder):
     print(f"{config.eval.submit}: predictions of {len(ids)} images, {method(config.eval)}")
 
 
-def summary(config, split, results):
+def summary(config: SimpleNamespace, split: str, results: dict[str, dict]) -> None:
     """The whole method in one table: the labels' scores of this list, if stage 2 wrote them, and the segmenter's."""
     lines = []
     labels = engine.read_json(config.path / "labels" / "scores.json").get(split)
@@ -150,14 +153,14 @@ def summary(config, split, results):
         print(f"  {title:<48}{value:6.1f}")
 
 
-def score(config, split, folder):
+def score(config: SimpleNamespace, split: str, folder: str) -> None:
     """A folder of label images against the truth: `labels=FOLDER`."""
     if not engine.true_masks(config):
         raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
     engine.show(f"{folder} on {split}", engine.score_folders(config, split, {"labels": Path(folder)}))
 
 
-def report(config, split, count, result):
+def report(config: SimpleNamespace, split: str, count: int, result: dict) -> None:
     """The segmenter's scores to eval.json, and on screen."""
     path = config.path / "eval.json"
     results = engine.read_json(path)
@@ -169,7 +172,7 @@ def report(config, split, count, result):
     summary(config, split, results)
 
 
-def main(config):
+def main(config: SimpleNamespace) -> None:
     s = config.eval
     split = s.split or config.data.val
     if not split and not s.images:

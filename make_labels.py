@@ -7,13 +7,16 @@ and data.val, and scores.json where data.truth holds true masks; for a few image
 u_c of each pixel, before the CRF. Images that have their labels already are skipped.
 """
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Subset
 
 import datasets
@@ -36,13 +39,13 @@ class Settings:
     pictures: int = 8  # images of each list whose u0 and u_c are kept as pictures
 
 
-def region(box):
+def region(box: list[float]) -> tuple[slice, slice]:
     """Rows and columns of the pixels that a box touches."""
     x0, y0, x1, y1 = box
     return slice(max(math.floor(y0), 0), math.ceil(y1)), slice(max(math.floor(x0), 0), math.ceil(x1))
 
 
-def regions(boxes, labels, classes, size):
+def regions(boxes: Tensor, labels: Tensor, classes: list[int], size: Sequence[int]) -> Tensor:
     """The union of each class's boxes: (len(classes), H, W) bool."""
     inside = torch.zeros(len(classes), *size, dtype=torch.bool)
     for box, label in zip(boxes.tolist(), labels.tolist()):
@@ -50,7 +53,7 @@ def regions(boxes, labels, classes, size):
     return inside
 
 
-def background_attention(up, weight, outside, s):
+def background_attention(up: models.Upsampled, weight: Tensor, outside: Tensor, s: Settings) -> Tensor:
     """u0 (H, W) in [0, 1]: 1 outside boxes; inside them ReLU(cos(f(p), q)), q the mean feature outside.
 
     Without u0, or where no pixel is outside: the activation map ReLU(f . w_0), divided by its maximum.
@@ -63,7 +66,8 @@ def background_attention(up, weight, outside, s):
     return attention.masked_fill(outside, 1).clamp(max=1)
 
 
-def activation_maps(up, weight, boxes, labels, classes, s):
+def activation_maps(up: models.Upsampled, weight: Tensor, boxes: Tensor, labels: Tensor, classes: list[int],
+                    s: Settings) -> Tensor:
     """u_c (len(classes), H, W) in [0, 1]: ReLU(f . w_c) over its maximum inside the class's boxes, 0 outside."""
     cams = F.relu(up.dot(weight[classes]))
     result = torch.zeros_like(cams)
@@ -76,7 +80,7 @@ def activation_maps(up, weight, boxes, labels, classes, s):
     return result
 
 
-def unaries(attention, maps, outside, s):
+def unaries(attention: Tensor, maps: Tensor, outside: Tensor, s: Settings) -> Tensor:
     """{u0, u_c} -> probabilities (1 + classes, H, W) for the CRF; background for sure outside the boxes."""
     if s.threshold:
         inside = attention.masked_fill(outside, 0)
@@ -88,7 +92,7 @@ def unaries(attention, maps, outside, s):
     return torch.where(outside, sure, u)
 
 
-def retrieve(up, weight, y_crf, classes, outside):
+def retrieve(up: models.Upsampled, weight: Tensor, y_crf: Tensor, classes: list[int], outside: Tensor) -> Tensor:
     """Yret (H, W): argmax_c of ReLU(cos(f(p), q_c)), q_c the mean feature of what Ycrf labels c; background outside
     boxes. A class that Ycrf lacks is represented by its row of the classifier.
     """
@@ -99,7 +103,7 @@ def retrieve(up, weight, y_crf, classes, outside):
     return labels[best].masked_fill(outside, 0)
 
 
-def box_labels(boxes, labels, size):
+def box_labels(boxes: Tensor, labels: Tensor, size: Sequence[int]) -> np.ndarray:
     """The baseline: every box filled with its class, smaller boxes over larger ones -> (H, W) uint8."""
     filled = np.zeros(size, np.uint8)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -109,7 +113,7 @@ def box_labels(boxes, labels, size):
 
 
 @torch.inference_mode()
-def prepare(config, network, sample):
+def prepare(config: SimpleNamespace, network: models.BoxClassifier, sample: dict) -> tuple[tuple, tuple]:
     """One image through the network -> what `finish` needs, and the arguments of dense_crf."""
     s, device = config.make_labels, config.device
     boxes, labels = sample["boxes"].as_subclass(torch.Tensor), sample["labels"]
@@ -132,12 +136,12 @@ def prepare(config, network, sample):
 
 
 @torch.inference_mode()
-def finish(network, prepared, marginals):
+def finish(network: models.BoxClassifier, prepared: tuple, marginals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """-> Ycrf and Yret (H, W), uint8. A class is possible inside its own boxes only."""
     _, up, outside, boxes, labels, classes, _ = prepared
-    marginals = torch.from_numpy(marginals)
-    marginals[1:] *= regions(boxes, labels, classes, marginals.shape[1:])
-    y_crf = torch.tensor([0, *classes])[marginals.max(0).indices].to(outside.device)  # argmax is the slower one
+    allowed = torch.from_numpy(marginals)
+    allowed[1:] *= regions(boxes, labels, classes, allowed.shape[1:])
+    y_crf = torch.tensor([0, *classes])[allowed.max(0).indices].to(outside.device)  # argmax is the slower one
     y_ret = retrieve(up, network.classifier.weight.float(), y_crf, classes, outside)
     return y_crf.byte().cpu().numpy(), y_ret.byte().cpu().numpy()
 
@@ -165,7 +169,7 @@ def label_split(config, network, split, dataset):
             datasets.write(path, datasets.png(Image.fromarray(grey)))
 
 
-def main(config):
+def main(config: SimpleNamespace) -> None:
     s, folder = config.make_labels, config.path / "labels"
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
     network = engine.load_network(config, "cls.pt", network, config.train_cls)

@@ -10,8 +10,10 @@ import json
 import math
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import datasets
@@ -28,7 +30,7 @@ PLOTS = [  # of curves.png: title, stage, names of its numbers in metrics.jsonl
 # ---------------------------------------------------------------- images
 
 
-def outlined(image, boxes, labels):
+def outlined(image: np.ndarray, boxes: torch.Tensor, labels: torch.Tensor) -> Image.Image:
     """The image with its boxes in their labels' colours."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
@@ -37,7 +39,7 @@ def outlined(image, boxes, labels):
     return picture
 
 
-def heat_map(image, heat):
+def heat_map(image: np.ndarray, heat: np.ndarray) -> Image.Image:
     """The image (H, W, 3) uint8, in grey, half covered by the colours of heat (H, W) uint8: from black (0) over
     violet, red and orange to yellow (255).
     """
@@ -47,7 +49,7 @@ def heat_map(image, heat):
     return Image.fromarray(((grey + colours) / 2).astype(np.uint8))
 
 
-def write_overlays(paths, folder):
+def write_overlays(paths: dict[str, Path], folder: Path) -> None:
     """NAME_overlay.png beside each NAME.png: the picture, with the labels' colours over the objects."""
     for name, path in paths.items():
         image, labels = datasets.read_image(path), datasets.read_mask(folder / f"{name}.png", datasets.VOID)
@@ -56,7 +58,7 @@ def write_overlays(paths, folder):
     print(f"{folder}: labels and overlays of {len(paths)} pictures")
 
 
-def known_boxes(config, paths):
+def known_boxes(config: SimpleNamespace, paths: dict[str, Path]) -> dict[str, tuple]:
     """{id: (boxes, labels)} of those images that have a sound annotation: a picture can do without."""
     found = {}
     with suppress(datasets.DataError):
@@ -67,7 +69,7 @@ def known_boxes(config, paths):
     return found
 
 
-def panel(config, name, path, boxes, predictions):
+def panel(config: SimpleNamespace, name: str, path: Path, boxes: tuple | None, predictions: Path) -> dict:
     """One image's row: pictures by title; None where a stage has not written its part."""
     folder, image = config.path / "labels", datasets.read_image(path)
     num_labels = 1 + len(config.data.classes)
@@ -101,7 +103,8 @@ def panel(config, name, path, boxes, predictions):
     }
 
 
-def draw_panels(config, paths, predictions, width=180, gap=6, header=22):
+def draw_panels(config: SimpleNamespace, paths: dict[str, Path], predictions: Path, width: int = 180, gap: int = 6,
+                header: int = 22) -> None:
     """panels.png: one row an image, evenly spaced over the list; a column that no image has is left out."""
     paths = dict(engine.spread(list(paths.items()), config.eval.panels))
     boxes = known_boxes(config, paths)
@@ -122,7 +125,7 @@ def draw_panels(config, paths, predictions, width=180, gap=6, header=22):
     save(config.path / "panels.png", datasets.png(sheet), f"{', '.join(titles)} of {len(rows)} images")
 
 
-def save(path, content, what):
+def save(path: Path, content: bytes, what: str) -> None:
     datasets.write(path, content)
     print(f"{path}: {what}")
 
@@ -130,11 +133,11 @@ def save(path, content, what):
 # ---------------------------------------------------------------- numbers
 
 
-def last_pass(path, stage):
+def last_pass(path: Path, stage: str) -> list[dict]:
     """A stage's lines of metrics.jsonl whose iterations led to its checkpoint: where a killed or renewed run took up
     an earlier iteration again, its numbers replace those from there on.
     """
-    points = []
+    points: list[dict] = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
@@ -147,7 +150,7 @@ def last_pass(path, stage):
     return points
 
 
-def iou_columns(config, split):
+def iou_columns(config: SimpleNamespace, split: str) -> dict[str, dict]:
     """What has been scored on a list: title -> {"miou": per cent, "iou": {label: per cent, None where it has none}}."""
     labels = engine.read_json(config.path / "labels" / "scores.json").get(split, {})
     results = engine.read_json(config.path / "eval.json").values()
@@ -167,7 +170,7 @@ def png_of(figure):
     return buffer.getvalue()
 
 
-def draw_curves(config):
+def draw_curves(config: SimpleNamespace) -> None:
     """curves.png: loss of stages 1 and 3, shares of boxes and background queries that stage 1 classifies right."""
     points = {stage: last_pass(config.path / "metrics.jsonl", stage) for stage in ("train_cls", "train_seg")}
     plots = [plot for plot in PLOTS if points[plot[1]]]
@@ -185,7 +188,7 @@ def draw_curves(config):
     save(config.path / "curves.png", png_of(figure), ", ".join(title for title, *_ in plots))
 
 
-def draw_iou(config, split):
+def draw_iou(config: SimpleNamespace, split: str) -> None:
     """iou.png: IoU of each label, of the pseudo labels and of the segmenter, on one list."""
     columns = iou_columns(config, split)
     if not columns:
@@ -206,7 +209,7 @@ def draw_iou(config, split):
     save(config.path / "iou.png", png_of(figure), f"IoU on {split}: {'; '.join(columns)}")
 
 
-def draw(config, split, paths, predictions):
+def draw(config: SimpleNamespace, split: str, paths: dict[str, Path], predictions: Path) -> None:
     """Every picture of the run that its files allow: of a list's images (id -> file), with the segmenter's from the
     folder `predictions`.
     """
@@ -219,7 +222,7 @@ def draw(config, split, paths, predictions):
         print("curves.png and iou.png are not drawn: they need matplotlib (pip install matplotlib)")
 
 
-def main(config):
+def main(config: SimpleNamespace) -> None:
     from eval import prediction_folder  # which imports this module
     if not config.path.is_dir():
         raise engine.UsageError(f"{config.path}: no such run; begin it with python train_cls.py, or set run.name")

@@ -5,6 +5,7 @@
 Reads data.root, writes runs/NAME/cls.pt.
 """
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ class Settings(engine.Training):
     drop_at: int = 5000
 
 
-def losses(network, batch):
+def losses(network: models.BoxClassifier, batch: dict) -> dict[str, torch.Tensor]:
     """Cross-entropy over every foreground feature (its box's class) and every background query (class 0); and the
     shares of both that are classified right.
     """
@@ -44,7 +45,7 @@ def losses(network, batch):
             "right_queries": mean(right, 1 - boxes, group)}
 
 
-def main(config):
+def main(config: SimpleNamespace) -> None:
     s = config.train_cls
     if s.crop < 9 or s.crop % models.STRIDE != 1:
         raise engine.UsageError(f"train_cls.crop is {s.crop}, not 8 k + 1, such as 321: then the map has no margin")

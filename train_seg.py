@@ -6,6 +6,7 @@ Reads data.root and runs/NAME/labels, writes runs/NAME/seg.pt. data.masks names 
 stand in for both labels: semi-supervised training.
 """
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -27,9 +28,9 @@ class Settings(engine.Training):
     iterations: int = 23805
 
 
-def segmentation_loss(s, cosine, y_crf, y_ret):
+def segmentation_loss(s: Settings, cosine: torch.Tensor, y_crf: torch.Tensor, y_ret: torch.Tensor) -> torch.Tensor:
     """The loss that the settings name, of cosine (N, L, H, W) and labels (N, H, W) int64."""
-    common = dict(temperature=s.temperature, group=engine.group())
+    common: dict = dict(temperature=s.temperature, group=engine.group())
     if s.loss == "crf":
         return losses.cross_entropy(cosine, y_crf, **common)
     if s.loss == "ret":
@@ -43,7 +44,7 @@ def segmentation_loss(s, cosine, y_crf, y_ret):
     return losses.noise_aware_loss(cosine, y_crf, y_ret, s.gamma, s.weight, **common)
 
 
-def main(config):
+def main(config: SimpleNamespace) -> None:
     s = config.train_seg
     folders = [config.path / "labels" / kind for kind in ("Ycrf", "Yret")]
     for folder in folders:

@@ -104,11 +104,11 @@ def choices(config, arguments):
     return of_labels(config, arguments, {"": BAP}, labels.ROWS)
 
 
-def loss(config, arguments, rows=LOSS):
+def loss(config, arguments, rows=None):
     for seed in SEEDS:
-        for title, settings in rows.items():
+        for title, settings in (rows or LOSS).items():
             name = f"{config.run.name}_{'_'.join(settings).replace('=', '')}_{seed}"
-            link(config, name, ["labels"])
+            link(config, name, ["labels"] + ["cls.pt"] * (config.train_seg.weights == "stage1"))
             yield of_segmenter(config, arguments, title, name, seed, settings)
 
 

@@ -129,6 +129,21 @@ def test_bap_zero_features():
     same_pooling(features, boxes, (41, 50))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64])
+def test_bap_boxes_of_another_type(dtype):
+    features, box = random_features(1, 3, 6, 7), torch.tensor([[8, 4, 40, 33]])
+    pooled, expected = BAP()(features.float(), [box.to(dtype)], (41, 50)), reference.bap(features, [box], (41, 50))
+    for ours, theirs in zip(pooled, expected):
+        assert ours.dtype == torch.float32
+        close(ours, theirs, 1e-4)
+
+
+def test_bap_no_boxes_and_zero_features():
+    features = torch.zeros(2, 3, 6, 7, requires_grad=True)
+    BAP()(features, random_boxes((0, 0), (41, 50)), (41, 50)).foreground.sum().backward()
+    assert features.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("min_background", [0.0, 0.2, 0.6])
 def test_bap_min_background(min_background):
     """Backgrounds of 73 %, 44 % and 10 %."""

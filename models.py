@@ -8,14 +8,17 @@ pixel i reaches from i to i + 1. Feature cell j of w lies where the convolutions
 j (W - 1) / (w - 1) of W (align_corners); it reaches half a step to each side, cut at the image's edge.
 """
 import math
+import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
+State = dict[str, Tensor]  # a state dict
 STRIDE = 8  # pixels from one feature cell to the next, for every backbone here
 
 
@@ -26,7 +29,7 @@ class WeightsError(ValueError):
 # ---------------------------------------------------------------- background-aware pooling
 
 
-def coverage(intervals, length, cells):
+def coverage(intervals: Tensor, length: int, cells: int) -> Tensor:
     """Which part of each feature cell an interval covers, along one axis.
 
     intervals (..., 2): start and end in pixels. An axis of `length` pixels is held by `cells` feature cells.
@@ -41,14 +44,14 @@ def coverage(intervals, length, cells):
     return shared.clamp(min=0) / (end - start)
 
 
-def split(low, high, parts):
+def split(low: Tensor, high: Tensor, parts: int) -> Tensor:
     """Cut intervals [low, high], each (...), into equal parts: (..., parts, 2)."""
     edges = torch.arange(parts + 1, device=low.device, dtype=low.dtype)
     edges = low[..., None] + (high - low)[..., None] * edges / parts
     return torch.stack((edges[..., :-1], edges[..., 1:]), -1)
 
 
-def outside_boxes(boxes, image_size):
+def outside_boxes(boxes: list[Tensor], image_size: Sequence[int]) -> Tensor:
     """The mask M of the paper: 1 on every pixel that no box touches. N tensors (K_i, 4) -> (N, 1, H, W) float."""
     background = torch.ones(len(boxes), 1, *image_size)
     for mask, image_boxes in zip(background, boxes):
@@ -83,14 +86,15 @@ class BAP(nn.Module):
     J free.
     """
 
-    def __init__(self, grid=4, bins=2, min_background=0.125):
+    def __init__(self, grid: int = 4, bins: int = 2, min_background: float = 0.125):
         super().__init__()
         self.grid, self.bins, self.min_background = grid, bins, min_background
 
     def extra_repr(self):
         return f"grid={self.grid}, bins={self.bins}, min_background={self.min_background}"
 
-    def forward(self, features, boxes, image_size, background=None):
+    def forward(self, features: Tensor, boxes: list[Tensor], image_size: Sequence[int],
+                background: Tensor | None = None) -> Pooled:
         if len(boxes) != len(features):
             raise ValueError(f"{len(features)} images but boxes of {len(boxes)}")
         # 1 - A is small where it matters: at least float32, also under autocast.
@@ -98,14 +102,15 @@ class BAP(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.pool(features.to(dtype), boxes, image_size, background)
 
-    def pool(self, features, boxes, image_size, background):
+    def pool(self, features: Tensor, boxes: list[Tensor], image_size: Sequence[int],
+             background: Tensor | None) -> Pooled:
         (n, _, h, w), (height, width) = features.shape, image_size
         if background is None:
             background = outside_boxes(boxes, image_size)
         elif background.shape != (n, 1, height, width):
             raise ValueError(f"background is {tuple(background.shape)}, not {(n, 1, height, width)}")
         background = background.to(features.dtype)
-        geometry = dict(dtype=features.dtype, device=background.device)
+        geometry: dict = dict(dtype=features.dtype, device=background.device)
         f = features.flatten(2)  # (N, C, hw)
 
         # M of a feature cell: the mean over its area.
@@ -138,7 +143,8 @@ class BAP(nn.Module):
         foreground = self.box_means(f, keep, boxes, image_size, (h, w))
         return Pooled(foreground, queries.flatten(0, 1)[kept], attention.view(n, 1, h, w))
 
-    def box_means(self, f, keep, boxes, image_size, map_size):
+    def box_means(self, f: Tensor, keep: Tensor, boxes: list[Tensor], image_size: Sequence[int],
+                  map_size: Sequence[int]) -> Tensor:
         """r of every part of every box, as one matrix product an image: weights (parts, hw) times f (hw, C)."""
         counts = [len(b) for b in boxes]
         if not sum(counts):
@@ -159,7 +165,7 @@ class BAP(nn.Module):
 # ---------------------------------------------------------------- upsampled features, never formed
 
 
-def interpolation(pixels, cells, like):
+def interpolation(pixels: int, cells: int, like: Tensor) -> Tensor:
     """Bilinear upsampling (align_corners) along one axis, as a matrix (pixels, cells)."""
     position = torch.arange(pixels, device=like.device, dtype=like.dtype) * ((cells - 1) / max(pixels - 1, 1))
     nodes = torch.arange(cells, device=like.device, dtype=like.dtype)
@@ -177,19 +183,20 @@ class Upsampled:
     and bottom before it went through the network (`padded_size`); default: size.
     """
 
-    def __init__(self, features, size, canvas=None):
+    def __init__(self, features: Tensor, size: Sequence[int], canvas: Sequence[int] | None = None):
         # (h, w, C): of a channels_last map, as a network on the fast path gives it, this is no copy.
-        self.features, self.norms = features.permute(1, 2, 0).contiguous(), None
+        self.features = features.permute(1, 2, 0).contiguous()
+        self.norms: Tensor | None = None
         rows, columns = canvas or size
         self.rows = interpolation(rows, features.shape[1], features)[:size[0]]        # (H, h)
         self.columns = interpolation(columns, features.shape[2], features)[:size[1]]  # (W, w)
 
-    def dot(self, vectors):
+    def dot(self, vectors: Tensor) -> Tensor:
         """Dot product of every pixel's feature with vectors (K, C) -> (K, H, W)."""
         maps = (vectors @ self.features.flatten(0, 1).T).view(-1, *self.features.shape[:2])
         return self.rows @ maps @ self.columns.T
 
-    def norm(self):
+    def norm(self) -> Tensor:
         """Euclidean norm of every pixel's feature -> (H, W).
 
         With weights a, 1 - a of the upper and lower, b, 1 - b of the left and right cell, the squared norm is
@@ -208,18 +215,18 @@ class Upsampled:
         self.norms = squared.clamp(min=0).sqrt()
         return self.norms
 
-    def cosine(self, vectors):
+    def cosine(self, vectors: Tensor) -> Tensor:
         """Cosine of every pixel's feature with vectors (K, C) -> (K, H, W) in [-1, 1], 0 where a norm is 0."""
         return self.dot(F.normalize(vectors, dim=1)) / self.norm().clamp(min=1e-12)
 
-    def mean(self, masks):
+    def mean(self, masks: Tensor) -> Tensor:
         """Mean feature over masks (K, H, W) of 0 and 1 -> (K, C); the zero vector for an empty mask."""
         masks = masks.to(self.features.dtype)
         weights = (self.rows.T @ masks @ self.columns).flatten(1)  # (K, hw): upsampling, transposed
         return weights @ self.features.flatten(0, 1) / masks.sum((1, 2))[:, None].clamp(min=1)
 
 
-def padded_size(size):
+def padded_size(size: Sequence[int]) -> tuple[int, ...]:
     """The least size >= (H, W) at which every feature cell lies on a pixel 8 j: each side 8 k + 1."""
     return tuple(-(-(side - 1) // STRIDE) * STRIDE + 1 for side in size)
 
@@ -239,15 +246,17 @@ class VGG16(nn.Module):
     pool, fc6 a dilated 3x3 and fc7 a 1x1 convolution of 1,024 channels. features.* is named as in torchvision.
     """
 
-    def __init__(self, dilation=1, width=1.0, batch_norm=False, dropout=0.5):
+    def __init__(self, dilation: int = 1, width: float = 1.0, batch_norm: bool = False, dropout: float = 0.5):
         super().__init__()
-        layers, previous = [], 3
+        layers: list[nn.Module] = []
+        previous = 3
         for block, (channels, convolutions) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)), 1):
             for _ in range(convolutions):
                 d = 2 if block == 5 else 1
                 layers.append(nn.Conv2d(previous, round(channels * width), 3, padding=d, dilation=d))
-                layers += [nn.BatchNorm2d(layers[-1].out_channels)] * batch_norm + [nn.ReLU(inplace=True)]
                 previous = round(channels * width)
+                layers += [nn.BatchNorm2d(previous)] * batch_norm
+                layers.append(nn.ReLU(inplace=True))
             layers.append(nn.MaxPool2d(3, stride=2 if block < 4 else 1, padding=1))
         self.features = nn.Sequential(*layers, nn.AvgPool2d(3, stride=1, padding=1))
         self.channels = round(1024 * width)
@@ -255,7 +264,7 @@ class VGG16(nn.Module):
         self.fc7 = nn.Conv2d(self.channels, self.channels, 1)
         self.dropout = nn.Dropout2d(dropout)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d):
+            if isinstance(m, nn.Conv2d) and m.bias is not None:
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                 nn.init.zeros_(m.bias)
 
@@ -264,7 +273,7 @@ class VGG16(nn.Module):
         return self.dropout(F.relu(self.fc7(x)))
 
 
-def load(module, state, source, optional=()):
+def load(module: nn.Module, state: State, source: str, optional: Sequence[str] = ()) -> set[str]:
     """Copy `state` into `module`, whose layers named in `optional` may be missing from it. Returns the names."""
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
@@ -276,7 +285,7 @@ def load(module, state, source, optional=()):
     return set(state)
 
 
-def read_state(source):
+def read_state(source: str) -> State:
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -290,7 +299,7 @@ def read_state(source):
     return state
 
 
-def torchvision_weights(name, weights):
+def torchvision_weights(name: str, weights: str) -> tuple[State, dict]:
     """State dict and colours of torchvision's ImageNet weights, downloaded into torch.hub's cache."""
     entry = {"imagenet": "IMAGENET1K_V1", "imagenet_features": "IMAGENET1K_FEATURES"}[weights]
     try:
@@ -305,7 +314,7 @@ def torchvision_weights(name, weights):
     return state, dict(mean=tuple(colours.mean), std=tuple(colours.std))
 
 
-def cut_vgg16(state, source):
+def cut_vgg16(state: State, source: str) -> State:
     """torchvision's VGG-16 to LargeFOV's: fc6, fc7 of every 4th channel, fc6's 7x7 kernel at 0, 3, 6."""
     cut = {name: value for name, value in state.items() if not name.startswith("classifier.")}
     fc6 = state.get("classifier.0.weight")
@@ -320,7 +329,7 @@ def cut_vgg16(state, source):
     return cut
 
 
-def from_caffe(state):
+def from_caffe(state: State) -> State:
     """VGG-16 as Caffe's converted files name it (conv1_1.weight ... fc7.bias, for BGR, with fc6 and fc7 whole or as
     LargeFOV cut them) in torchvision's names, for RGB.
     """
@@ -391,11 +400,12 @@ def timm_backbone(name, source, state):
     return module, dict(mean=known.mean, std=known.std), set(module.state_dict()) if source != "none" else set()
 
 
-def build_backbone(name, weights="none", dilation=1, width=1.0, dropout=0.5):
+def build_backbone(name: str, weights: str | os.PathLike = "none", dilation: int = 1, width: float = 1.0,
+                   dropout: float = 0.5) -> tuple[nn.Module, dict, set[str]]:
     """-> (module with .channels, colours dict(mean, std), names of loaded weights)."""
     source = str(weights)
-    state = None if source in ("none", *HUB) else read_state(source)
-    own = {n.removeprefix("backbone."): v for n, v in (state or {}).items() if n.startswith("backbone.")}
+    state = {} if source in ("none", *HUB) else read_state(source)
+    own = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     if own:  # a checkpoint of a Network below
         module, _, _ = build_backbone(name, "none", dilation, width, dropout)
         colours = {key: tuple(state[key].flatten().tolist()) for key in ("mean", "std")}
@@ -438,6 +448,9 @@ class Network(nn.Module):
     statistics; set freeze_norm = False to train it.
     """
 
+    mean: Tensor  # (3, 1, 1) of the colours, RGB in [0, 1]
+    std: Tensor
+
     def __init__(self, num_labels, backbone, weights, width, dropout, dilation, head):
         super().__init__()
         self.backbone, colours, loaded = build_backbone(backbone, weights, dilation, width, dropout)
@@ -455,7 +468,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(colours["std"]).view(3, 1, 1))
 
     @property
-    def fill(self):
+    def fill(self) -> list[int]:
         """The mean colour as RGB 0..255: what images are padded with."""
         return [round(255 * v) for v in self.mean.flatten().tolist()]
 
@@ -467,7 +480,7 @@ class Network(nn.Module):
                     module.eval()
         return self
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         """RGB images (N, 3, H, W), uint8 or float in [0, 1] -> features (N, C, h, w) of images padded with the
         mean colour at their right and bottom to `padded_size`, where the map's cells lie on pixels 8 j.
         """
@@ -479,11 +492,12 @@ class Network(nn.Module):
         x = self.backbone(x)
         return self.head(x[0] if isinstance(x, list) else x)
 
-    def parameter_groups(self, lr, decay, new_lr=10.0, double_bias=False):
+    def parameter_groups(self, lr: float, decay: float, new_lr: float = 10.0,
+                         double_bias: bool = False) -> list[dict]:
         """Groups for SGD: parameters that no pretrained file gave learn at new_lr x lr; with double_bias, as
         Caffe had it, biases at twice their rate and without decay.
         """
-        groups = {}
+        groups: dict[tuple[float, float], list] = {}
         for name, parameter in self.named_parameters():
             bias = double_bias and name.endswith(".bias")
             rate = lr * (1 if name in self.loaded else new_lr) * (2 if bias else 1)
@@ -509,11 +523,12 @@ class BoxClassifier(Network):
     the features that `pooling` (a BAP) draws from boxes.
     """
 
-    def __init__(self, num_classes, backbone="vgg16", weights="none", width=1.0, dropout=0.5, pooling=None):
+    def __init__(self, num_classes: int, backbone: str = "vgg16", weights: str | os.PathLike = "none",
+                 width: float = 1.0, dropout: float = 0.5, pooling: BAP | None = None):
         super().__init__(1 + num_classes, backbone, weights, width, dropout, dilation=1, head=Head)
         self.pooling = pooling or BAP()
 
-    def forward(self, images, boxes, background=None):
+    def forward(self, images: Tensor, boxes: list[Tensor], background: Tensor | None = None) -> Scores:
         """images (N, 3, H, W) with H, W = 8 k + 1, boxes and background as for BAP -> Scores."""
         size = images.shape[2:]
         if padded_size(size) != tuple(size):
@@ -525,10 +540,11 @@ class BoxClassifier(Network):
 class DeepLab(Network):
     """Stage 3: with vgg16 DeepLab-V1 (LargeFOV), with others DeepLab-V2 (ASPP), and a cosine classifier."""
 
-    def __init__(self, num_labels, backbone="vgg16", weights="none", width=1.0, dropout=0.5):
+    def __init__(self, num_labels: int, backbone: str = "vgg16", weights: str | os.PathLike = "none",
+                 width: float = 1.0, dropout: float = 0.5):
         super().__init__(num_labels, backbone, weights, width, dropout, dilation=12, head=ASPP)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         """images (N, 3, H, W) -> cos(phi(p), W_c): (N, L, H, W) in [-1, 1]."""
         phi = F.normalize(self.features(images), dim=1)
         cosine = F.conv2d(phi, F.normalize(self.classifier.weight, dim=1)[:, :, None, None])

@@ -179,7 +179,8 @@ def draw_curves(config: SimpleNamespace) -> None:
     figure = new_figure(4.5 * len(plots), 3.2)
     for axes, (title, stage, names) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots):
         for name in names:
-            axes.plot([p["iteration"] for p in points[stage]], [p.get(name, math.nan) for p in points[stage]], ".-", label=name)
+            values = [p.get(name, math.nan) for p in points[stage]]
+            axes.plot([p["iteration"] for p in points[stage]], values, ".-", label=name)
         axes.set(title=title, xlabel="iteration")
         axes.set_ylim(0, 1.02 if len(names) > 1 else None)  # shares are at most 1
         axes.grid(alpha=0.3)

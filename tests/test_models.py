@@ -129,6 +129,12 @@ def test_bap_zero_features():
     same_pooling(features, boxes, (41, 50))
 
 
+def test_bap_tiny_box_beside_a_large_one():
+    """Whether a part is background all through is asked of it alone. The tiny box lies on the edge of two cells."""
+    boxes = [torch.tensor([[2.0, 2, 45, 38], [12.65, 10, 12.85, 10.2]])]
+    same_pooling(random_features(1, 3, 6, 7), boxes, (41, 50), bins=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64])
 def test_bap_boxes_of_another_type(dtype):
     features, box = random_features(1, 3, 6, 7), torch.tensor([[8, 4, 40, 33]])

@@ -661,10 +661,11 @@ def test_vgg16_imagenet_features(hub):
     assert {g["lr"]: len(g["params"]) for g in model.parameter_groups(1.0, 0.0)} == {1.0: 26, 10.0: 5}
 
 
-def test_resnet_imagenet_and_its_frozen_batch_norm(hub):
-    state = random_state("resnet50")
-    hub("resnet50", "IMAGENET1K_V1", state)
-    model = DeepLab(3, backbone="resnet50", weights="imagenet").train()
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_resnet_imagenet_and_its_frozen_batch_norm(hub, name):
+    state = random_state(name)
+    hub(name, "IMAGENET1K_V1", state)
+    model = DeepLab(3, backbone=name, weights="imagenet").train()
     for key, value in model.backbone.state_dict().items():
         assert torch.equal(value, state[key])
     assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))

@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py STUDY [CONFIG.yaml] [key=value ...]
 
-    pooling   stage 1 with average pooling or with BAP; stage 2 with and without u0
+    pooling   stage 1 with average pooling or with BAP; stage 2 with u0, without, and with another threshold of u0
     grid      N, the background queries' grid, in stage 1
     labels    the choices of stage 2, on the classifiers of `pooling`
     loss      stage 3's losses, on the labels in runs/NAME/labels
@@ -93,7 +93,8 @@ def of_segmenter(config, arguments, title, name, seed, settings):
 
 
 def pooling(config, arguments):
-    return of_labels(config, arguments, POOLING, {"as set": {}, "u0 off": labels.ROWS["u0 off"]})
+    rows = "as set", "u0 off", "threshold 0.9"
+    return of_labels(config, arguments, POOLING, {row: labels.ROWS[row] for row in rows})
 
 
 def grid(config, arguments):

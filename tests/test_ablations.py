@@ -51,7 +51,8 @@ def run(ablations, study, *arguments):
 
 @pytest.mark.parametrize("study, rows", [("pooling", 6), ("grid", 3), ("labels", 3)])
 def test_labels_are_scored_for_every_cell_seed_list_and_kind(ablations, capsys, monkeypatch, study, rows):
-    monkeypatch.setattr(ablations.labels, "ROWS", {row: ablations.labels.ROWS[row] for row in ("as set", "u0 off", "threshold 0.9")})
+    some = {row: ablations.labels.ROWS[row] for row in ("as set", "u0 off", "threshold 0.9")}
+    monkeypatch.setattr(ablations.labels, "ROWS", some)
     monkeypatch.setattr(ablations, "SEEDS", (0, 1))
     lines = run(ablations, study)
     assert len(lines) == rows * len(ablations.SEEDS) * 2 * 2

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import datasets
+import engine
 import losses
 import models
 
@@ -173,4 +174,12 @@ def test_a_rank_that_dies_is_named(tmp_path):
     _, error = process.communicate(timeout=90)
     assert process.returncode and partial.exists()
     assert "rank      : 1" in error and "Signal 9" in error
-    assert "train_cls.py: rank 0: another rank is gone" in error and error.count("Traceback") <= 1  # torchrun's own
+    assert error.count("Traceback") <= 1  # torchrun's own
+
+
+def test_a_rank_that_outlives_another_says_so(monkeypatch):
+    """Where torchrun leaves it the time: the line of a process whose peer is gone."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    line = engine.machine_fault(RuntimeError("[gloo/transport/tcp/pair.cc:548] Connection closed by peer"))
+    assert line.startswith("another rank is gone; torchrun's report names it")
+    assert engine.machine_fault(RuntimeError("a bug")) is None

@@ -243,21 +243,24 @@ def run(script: str, main: Callable[[SimpleNamespace], object]) -> None:
         main(configure(script, sys.argv[1:]))
     except (datasets.DataError, models.WeightsError, UsageError) as error:
         # From a DataLoader's worker the message comes wrapped in its traceback, itself last.
-        line, status = str(error).strip().splitlines()[-1].split("Error: ", 1)[-1], 2
+        stop(str(error).strip().splitlines()[-1].split("Error: ", 1)[-1], 2)
     except KeyboardInterrupt:
-        line, status = f"stopped; {GO_ON}", 130
+        stop(f"stopped; {GO_ON}", 130)
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        fault, status = machine_fault(error), 1
-        if fault is None:
+        line = machine_fault(error)
+        if line is None:
             raise
-        line = fault
-    else:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
+        stop(line, 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def stop(line: str, status: int) -> None:
+    """Ends the program with a line on stderr."""
     whose = f"rank {rank()}: " if dist.is_initialized() else ""
     print(f"{Path(sys.argv[0]).name}: {whose}{line}", file=sys.stderr, flush=True)
-    # At the interpreter's own end a pool that broke or was interrupted, or the other ranks, may wait forever.
+    # At the interpreter's own end a pool that broke or was interrupted, or the other ranks, may wait forever; and
+    # what still waits for a dead worker would say so once more, in a traceback.
     if status != 2 or dist.is_initialized():
         os._exit(status)
     sys.exit(status)
@@ -470,9 +473,10 @@ def read(config: SimpleNamespace, dataset: Dataset) -> DataLoader:
 
 def ignore_interrupts(worker: int | None = None) -> None:
     """In a process that reads images: Ctrl-C is its parent's to answer. Stopped halfway, it could keep a lock that the
-    parent waits for.
+    parent waits for. Its own faults go to the parent as exceptions; that the parent is gone is no news to print.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
 
 
 def start_worker() -> None:

@@ -130,9 +130,7 @@ def prepare(config: SimpleNamespace, network: models.BoxClassifier, sample: dict
     probabilities = unaries(attention, maps, outside, s)
     crf = (image.permute(1, 2, 0).numpy(), probabilities.cpu().numpy(),
            tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations)
-    highest = torch.stack((torch.zeros_like(attention), *maps)).amax(0)  # of no classes: 0
-    heat = (torch.stack((attention, highest)) * 255).byte().cpu()
-    return (sample["id"], up, outside, boxes, labels, classes, heat), crf
+    return (sample["id"], up, outside, boxes, labels, classes, (attention, maps)), crf
 
 
 @torch.inference_mode()
@@ -144,6 +142,12 @@ def finish(network: models.BoxClassifier, prepared: tuple, marginals: np.ndarray
     y_crf = torch.tensor([0, *classes])[allowed.max(0).indices].to(outside.device)  # argmax is the slower one
     y_ret = retrieve(up, network.classifier.weight.float(), y_crf, classes, outside)
     return y_crf.byte().cpu().numpy(), y_ret.byte().cpu().numpy()
+
+
+def heat(attention: Tensor, maps: Tensor) -> np.ndarray:
+    """u0 and the highest u_c of each pixel as grey pictures: (2, H, W) uint8. Of no classes it is 0."""
+    highest = torch.cat((torch.zeros_like(attention)[None], maps)).amax(0)
+    return (torch.stack((attention, highest)) * 255).byte().cpu().numpy()
 
 
 def label_split(config, network, split, dataset):
@@ -162,11 +166,12 @@ def label_split(config, network, split, dataset):
     tasks = (prepare(config, network, sample) for sample in bar)
     for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks):
         labels = finish(network, prepared, marginals)
-        paths, heat = files(prepared[0]), prepared[-1]
+        paths = files(prepared[0])
         for path, y in zip(paths, labels):
             datasets.write_mask(path, y)
-        for path, grey in zip(paths[2:], heat.numpy()):
-            datasets.write(path, datasets.png(Image.fromarray(grey)))
+        if prepared[0] in pictures:
+            for path, grey in zip(paths[2:], heat(*prepared[-1])):
+                datasets.write(path, datasets.png(Image.fromarray(grey)))
 
 
 def main(config: SimpleNamespace) -> None:

@@ -91,9 +91,10 @@ def test_what_is_kept_of_attention_and_activation(boxes, labels):
               "background": outside[None].byte()}
     prepared, _ = make_labels.prepare(config, network, sample)
     u0, maps = literal_u0(dense, weight, outside, True), literal_maps(dense, weight, boxes, labels, True)
-    for found, expected in zip(prepared[-1], (u0, maps.amax(0) if len(maps) else torch.zeros(HEIGHT, WIDTH))):
-        assert found.dtype == torch.uint8
-        assert (found - 255 * expected).abs().max() < 1.01  # of 255; cut off, not rounded
+    pictures_of = make_labels.heat(*prepared[-1])
+    for found, expected in zip(pictures_of, (u0, maps.amax(0) if len(maps) else torch.zeros(HEIGHT, WIDTH))):
+        assert found.dtype == np.uint8
+        assert (torch.from_numpy(found) - 255 * expected).abs().max() < 1.01  # of 255; cut off, not rounded
 
 
 def test_kept_pictures_are_made_again_where_one_is_missing(folder, monkeypatch):

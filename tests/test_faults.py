@@ -33,8 +33,8 @@ def folder(work, tmp_path):
     return tmp_path
 
 
-def command(script, *arguments, cwd, **options):
-    return subprocess.run([sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd, capture_output=True,
+def command(script, *arguments, cwd, before=(), **options):
+    return subprocess.run([*before, sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd, capture_output=True,
                           text=True, **options)
 
 
@@ -65,11 +65,41 @@ def test_a_disk_that_fills_up_while_labels_are_written(folder):
     assert command("make_labels", "run.workers=0", cwd=folder).returncode == 0
 
 
-def test_a_folder_that_cannot_be_written(folder):
+def test_a_file_where_the_folder_belongs(folder):
     shutil.rmtree(folder / "runs")
-    (folder / "runs").write_text("a file, where the folder belongs")
+    (folder / "runs").write_text("a file")
     done = command("train_cls", "run.workers=0", cwd=folder)
     assert done.returncode == 1 and "runs" in last_line(done)
+
+
+def without_privilege():
+    """What to put before a command so that the permissions of files hold for it: root passes them by."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root may write anywhere, and there is no setpriv to take that from it")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+
+
+@pytest.mark.parametrize("script", ["train_cls", "make_labels"])
+def test_no_permission_to_write(folder, script):
+    run = folder / "runs/shapes"
+    kept = (run / "cls.pt").read_bytes()
+    run.chmod(0o555)
+    (run / "metrics.jsonl").chmod(0o444)
+    done = command(script, "run.workers=0", "train_cls.lr=0.01", "overwrite=true", cwd=folder,
+                   before=without_privilege())
+    assert done.returncode == 1
+    assert last_line(done).startswith(f"{script}.py: runs/shapes")
+    assert "Permission denied; what was written before is whole" in last_line(done)
+    assert (run / "cls.pt").read_bytes() == kept and not (run / "labels").exists()
+
+
+def test_no_permission_to_read(folder):
+    image = sorted((folder / "data/shapes/JPEGImages").iterdir())[0]
+    image.chmod(0)
+    done = command("make_labels", "run.workers=0", cwd=folder, before=without_privilege())
+    assert done.returncode == 2 and image.name in last_line(done) and "Permission denied" in last_line(done)
 
 
 def begin(script, *arguments, cwd):

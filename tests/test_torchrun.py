@@ -1,6 +1,7 @@
 """Several processes (gloo, on the CPU) give the weights, labels and scores of one; and one that dies ends them all."""
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -155,26 +156,68 @@ def test_more_processes_than_crops(tmp_path):
     assert done.returncode and "batch is 1, too few for 2 processes; it is the total" in done.stderr
 
 
-def test_a_rank_that_dies_is_named(tmp_path):
-    """Killed as the kernel kills what takes too much memory. The checkpoint stays, and the same command goes on."""
-    datasets.make_shapes(tmp_path / "data/shapes", train=8, val=5)
-    arguments = "train_cls", 2, "train_cls.iterations=100000", "run.save_every=2"
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, text=True, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL)
-    partial = tmp_path / "runs/shapes/cls.pt.partial"
+def ranks_of(torchrun):
+    """Process ids of torchrun's ranks, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        found |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith("RANK=")}
+    return found
+
+
+def begin(folder, *arguments):
+    """Starts a command, and waits for its first checkpoint."""
+    process = subprocess.Popen(command(*arguments), cwd=folder, text=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 90
-    while not partial.exists():
+    while not (folder / "runs/shapes/cls.pt.partial").exists():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
-    of_rank = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        of_rank |= {entry: int(pid) for entry in environment if entry.startswith("RANK=")}
-    os.kill(of_rank["RANK=1"], signal.SIGKILL)
+    return process
+
+
+def test_a_rank_that_dies_is_named(tmp_path):
+    """Killed as the kernel kills what takes too much memory: a line says which, and the checkpoint stays."""
+    datasets.make_shapes(tmp_path / "data/shapes", train=8, val=5)
+    process = begin(tmp_path, "train_cls", 2, "train_cls.iterations=100000", "run.save_every=2")
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     _, error = process.communicate(timeout=90)
-    assert process.returncode and partial.exists()
-    assert "rank      : 1" in error and "Signal 9" in error
+    assert process.returncode and (tmp_path / "runs/shapes/cls.pt.partial").exists()
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 1 .*python", error)
     assert error.count("Traceback") <= 1  # torchrun's own
+
+
+def test_killed_ranks_go_on_to_the_same_weights(tmp_path):
+    """With dropout, which each rank draws from a generator of its own."""
+    weights = []
+    for name in ("killed", "not"):
+        folder = tmp_path / name
+        datasets.make_shapes(folder / "data/shapes", train=8, val=5)
+        arguments = "train_cls", 2, "train_cls.iterations=12", "run.save_every=2", "train_cls.dropout=0.5"
+        if name == "killed":
+            process = begin(folder, *arguments)
+            for pid in [process.pid, *ranks_of(process.pid).values()]:
+                os.kill(pid, signal.SIGKILL)
+            process.communicate()
+            assert not (folder / "runs/shapes/cls.pt").exists()
+        said = run(*arguments[:2], folder, *arguments[2:])
+        assert ("going on from iteration" in said) == (name == "killed")
+        weights.append(torch.load(folder / "runs/shapes/cls.pt", weights_only=True)["model"])
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_two_machines(tmp_path):
+    """Two torchruns of one rank each, which meet at an address and share a folder, as on two machines; here on one."""
+    datasets.make_shapes(tmp_path / "data/shapes", train=8, val=5)
+    script = command("train_cls", 1)[1:]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    both = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *meeting, *script], cwd=tmp_path,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert all(process.returncode == 0 for process in both), said
+    assert sum("cls.pt: 3 iterations" in out for out, _ in said) == 1
+    lines = [json.loads(line) for line in (tmp_path / "runs/shapes/metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 3]
 
 
 def test_a_rank_that_outlives_another_says_so(monkeypatch):

@@ -34,8 +34,8 @@ def folder(work, tmp_path):
 
 
 def command(script, *arguments, cwd, before=(), **options):
-    return subprocess.run([*before, sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd, capture_output=True,
-                          text=True, **options)
+    return subprocess.run([*before, sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd,
+                          capture_output=True, text=True, **options)
 
 
 def last_line(done):

@@ -33,6 +33,7 @@ class Settings:
     threshold: float = 0.99  # u0 below this share of its maximum inside the boxes becomes 0
     cam_norm: Literal["box", "class"] = "box"  # an activation map is divided by its maximum in each box, or in all
     softmax: bool = True  # over {u0, u_c} before the CRF; false: divided by their sum
+    own_boxes: bool = False  # Yret gives a class inside that class's boxes only, as Ycrf does; false: inside any box
     crf_bilateral: list[float] = field(default_factory=lambda: [4.0, 55.0, 3.0])  # weight, pixels, colour
     crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
     crf_iterations: int = 10
@@ -92,15 +93,14 @@ def unaries(attention: Tensor, maps: Tensor, outside: Tensor, s: Settings) -> Te
     return torch.where(outside, sure, u)
 
 
-def retrieve(up: models.Upsampled, weight: Tensor, y_crf: Tensor, classes: list[int], outside: Tensor) -> Tensor:
-    """Yret (H, W): argmax_c of ReLU(cos(f(p), q_c)), q_c the mean feature of what Ycrf labels c; background outside
-    boxes. A class that Ycrf lacks is represented by its row of the classifier.
+def retrieve(up: models.Upsampled, weight: Tensor, y_crf: Tensor, classes: list[int], allowed: Tensor) -> Tensor:
+    """Yret (H, W): argmax_c of ReLU(cos(f(p), q_c)), q_c the mean feature of what Ycrf labels c, among the labels
+    that are allowed at p: (1 + classes, H, W) bool. A class that Ycrf lacks has its row of the classifier as q_c.
     """
     labels = torch.tensor([0, *classes], device=y_crf.device)
     masks = y_crf == labels[:, None, None]
     prototypes = torch.where(masks.any(2).any(1)[:, None], up.mean(masks), weight[labels])
-    best = F.relu(up.cosine(prototypes)).max(0).indices
-    return labels[best].masked_fill(outside, 0)
+    return labels[F.relu(up.cosine(prototypes)).masked_fill(~allowed, -1).max(0).indices]
 
 
 def box_labels(boxes: Tensor, labels: Tensor, size: Sequence[int]) -> np.ndarray:
@@ -134,13 +134,17 @@ def prepare(config: SimpleNamespace, network: models.BoxClassifier, sample: dict
 
 
 @torch.inference_mode()
-def finish(network: models.BoxClassifier, prepared: tuple, marginals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """-> Ycrf and Yret (H, W), uint8. A class is possible inside its own boxes only."""
+def finish(s: Settings, network: models.BoxClassifier, prepared: tuple,
+           marginals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-> Ycrf and Yret (H, W), uint8: background outside boxes, and of Ycrf a class inside its own boxes only."""
     _, up, outside, boxes, labels, classes, _ = prepared
-    allowed = torch.from_numpy(marginals)
-    allowed[1:] *= regions(boxes, labels, classes, allowed.shape[1:])
-    y_crf = torch.tensor([0, *classes])[allowed.max(0).indices].to(outside.device)  # argmax is the slower one
-    y_ret = retrieve(up, network.classifier.weight.float(), y_crf, classes, outside)
+    own = regions(boxes, labels, classes, outside.shape)
+    best = torch.from_numpy(marginals)
+    best[1:] *= own
+    y_crf = torch.tensor([0, *classes])[best.max(0).indices].to(outside.device)  # argmax is the slower one
+    allowed = own.to(outside.device) if s.own_boxes else ~outside.expand(own.shape)
+    allowed = torch.cat((torch.ones_like(outside)[None], allowed))
+    y_ret = retrieve(up, network.classifier.weight.float(), y_crf, classes, allowed)
     return y_crf.byte().cpu().numpy(), y_ret.byte().cpu().numpy()
 
 
@@ -165,7 +169,7 @@ def label_split(config, network, split, dataset):
     bar = engine.bar(loader, f"make_labels {split}", initial=len(mine) - len(left), total=len(mine))
     tasks = (prepare(config, network, sample) for sample in bar)
     for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks):
-        labels = finish(network, prepared, marginals)
+        labels = finish(s, network, prepared, marginals)
         paths = files(prepared[0])
         for path, y in zip(paths, labels):
             datasets.write_mask(path, y)

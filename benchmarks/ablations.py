@@ -7,7 +7,7 @@
     labels    the choices of stage 2, on the classifiers of `pooling`
     loss      stage 3's losses, on the labels in runs/NAME/labels
     nal       gamma and lambda, on the same
-    u0        stage 3 on labels whose u0 has another threshold, made with runs/NAME/cls.pt
+    improved  stage 3 on labels made with runs/NAME/cls.pt and IMPROVED, against those in runs/NAME/labels
 
 Each cell is a run of the scripts themselves, runs/NAME_CELL_SEED, and what is finished is not done again. Every
 seed's scores go to runs/NAME_STUDY.jsonl. Labels are scored on up to 100 images of data.train and of data.val,
@@ -35,7 +35,7 @@ LOSS = {"cross-entropy on Ycrf": ["loss=crf"], "cross-entropy on Yret": ["loss=r
         "entropy": ["loss=entropy"], "bootstrapping": ["loss=bootstrap"], "NAL": ["loss=nal"]}
 NAL = {"as set": LOSS["NAL"], "gamma 1": ["loss=nal", "gamma=1"], "lambda 0.01": ["loss=nal", "weight=0.01"],
        "lambda 1": ["loss=nal", "weight=1"]}
-THRESHOLDS = 0.9,
+IMPROVED = "threshold=0.9", "own_boxes=true"
 
 
 def script(stage, arguments, name, *more):
@@ -117,18 +117,18 @@ def nal(config, arguments):
     return loss(config, arguments, NAL)
 
 
-def u0(config, arguments):
-    for threshold in THRESHOLDS:
-        made = f"{config.run.name}_threshold{threshold}"
-        link(config, made, ["cls.pt"])
-        script("make_labels", arguments, made, f"make_labels.threshold={threshold}",
-               f"make_labels.splits=[{config.data.train}]")
-        own = engine.configure("train_seg", [*arguments, f"run.name={made}"])
-        yield from loss(own, arguments, {f"threshold {threshold}": LOSS["NAL"]})
-    yield from loss(config, arguments, {"as set": LOSS["NAL"]})
+def improved(config, arguments):
+    made = f"{config.run.name}_improved"
+    link(config, made, ["cls.pt"])
+    script("make_labels", arguments, made, *(f"make_labels.{s}" for s in IMPROVED),
+           f"make_labels.splits=[{config.data.train}]")
+    own = engine.configure("train_seg", [*arguments, f"run.name={made}"])
+    for pair in zip(loss(config, arguments, {"as set": LOSS["NAL"]}),
+                    loss(own, arguments, {", ".join(IMPROVED): LOSS["NAL"]})):
+        yield from pair
 
 
-STUDIES = dict(pooling=pooling, grid=grid, labels=choices, loss=loss, nal=nal, u0=u0)
+STUDIES = dict(pooling=pooling, grid=grid, labels=choices, loss=loss, nal=nal, improved=improved)
 
 
 def cell(values):

@@ -28,6 +28,7 @@ ROWS = {
     "threshold 0.8": dict(threshold=0.8), "threshold 0.9": dict(threshold=0.9), "threshold 0.95": dict(threshold=0.95),
     "u0 off": dict(u0=False), "u0 off, threshold 0.9": dict(u0=False, threshold=0.9),
     "cam_norm class": dict(cam_norm="class"), "softmax off": dict(softmax=False),
+    "own boxes": dict(own_boxes=True), "threshold 0.9, own boxes": dict(threshold=0.9, own_boxes=True),
     "the equations: class, softmax off, threshold 0": dict(cam_norm="class", softmax=False, threshold=0.0),
 }
 
@@ -53,7 +54,8 @@ def scores(config, split, rows):
                 yield (row, prepared, sample["masks"][0].numpy()), crf
 
     for (row, prepared, mask), marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
-        for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(network, prepared, marginals)):
+        variant = replace(config.make_labels, **rows[row])
+        for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(variant, network, prepared, marginals)):
             matrices[row, kind] += engine.confusion(mask, y, len(names))
     return {key: engine.scores(matrix, names, config) for key, matrix in matrices.items()}
 

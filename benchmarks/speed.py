@@ -203,7 +203,8 @@ def label_parts(size=SIZE, folder=Path(".")):
 
     def whole():
         prepared, _ = make_labels.prepare(config, network, image)
-        for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(network, prepared, marginals.copy())):
+        labels = make_labels.finish(config.make_labels, network, prepared, marginals.copy())
+        for kind, y in zip(("Ycrf", "Yret"), labels):
             datasets.write_mask(folder / kind / "x.png", y)
 
     @torch.inference_mode()
@@ -230,7 +231,8 @@ def label_maps(side):
     y_crf = torch.from_numpy(marginals.argmax(0)).to(DEVICE)
 
     def ours():
-        make_labels.finish(network, make_labels.prepare(config, network, image)[0], marginals.copy())
+        prepared, _ = make_labels.prepare(config, network, image)
+        make_labels.finish(config.make_labels, network, prepared, marginals.copy())
 
     @torch.inference_mode()
     def upsampled_first():

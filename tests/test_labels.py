@@ -1,5 +1,6 @@
 """Stage 2 against the equations of section 3.2, pixel by pixel on features upsampled first."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,19 +101,29 @@ def test_unaries():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("missing", [False, True])
-def test_retrieval(seed, missing):
-    up, dense, weight, _, _, outside = scene(seed)
-    g = torch.Generator().manual_seed(seed)
-    y_crf = torch.randint(0, 2 if missing else 3, (HEIGHT, WIDTH), generator=g).masked_fill(outside, 0)
-    y_ret = make_labels.retrieve(up, weight, y_crf, [1, 2], outside)
+@pytest.mark.parametrize("own_boxes", [False, True])
+def test_retrieval(seed, missing, own_boxes):
+    """Random marginals' Ycrf and Yret; or those of a CRF that leaves the second class nothing."""
+    up, dense, weight, boxes, labels, outside = scene(seed)
+    up.features, up.rows, up.columns = up.features.float(), up.rows.float(), up.columns.float()
+    network = SimpleNamespace(classifier=SimpleNamespace(weight=weight))
+    marginals = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    marginals[:, outside] = torch.tensor([1.0, 0, 0])[:, None]
+    marginals[2] *= not missing
+    got = make_labels.finish(make_labels.Settings(own_boxes=own_boxes), network,
+                             ("id", up, outside, boxes, labels, [1, 2], None), marginals.clone().numpy())
+    pixels = [(y, x) for y in range(HEIGHT) for x in range(WIDTH)]
+    own = {p: {c for (x0, y0, x1, y1), c in zip(boxes.tolist(), labels.tolist())
+               if y0 <= p[0] < y1 and x0 <= p[1] < x1} for p in pixels}
+    y_crf = {p: max({0, *own[p]}, key=lambda c: marginals[(c, *p)]) for p in pixels}
     prototypes = []
     for c in (0, 1, 2):
-        members = [dense[:, y, x] for y in range(HEIGHT) for x in range(WIDTH) if y_crf[y, x] == c]
+        members = [dense[:, y, x] for y, x in pixels if y_crf[y, x] == c]
         prototypes.append(sum(members) / len(members) if members else weight[c])
-    for y in range(HEIGHT):
-        for x in range(WIDTH):
-            cosines = [max(0.0, F.cosine_similarity(dense[:, y, x], q, dim=0).item()) for q in prototypes]
-            assert y_ret[y, x] == (0 if outside[y, x] else int(np.argmax(cosines)))
+    for y, x in pixels:
+        allowed = {0, *own[y, x]} if own_boxes else {0} if outside[y, x] else {0, 1, 2}
+        cosines = {c: max(0.0, F.cosine_similarity(dense[:, y, x], prototypes[c], dim=0).item()) for c in allowed}
+        assert got[0][y, x] == y_crf[y, x] and got[1][y, x] == max(sorted(allowed), key=cosines.get)
 
 
 def test_labels_stay_inside_their_boxes():
@@ -127,7 +138,7 @@ def test_labels_stay_inside_their_boxes():
     up.features = up.features.float()
     up.rows, up.columns = up.rows.float(), up.columns.float()
     Network.classifier = Network.classifier.float()
-    y_crf, y_ret = make_labels.finish(Network, prepared, marginals)
+    y_crf, y_ret = make_labels.finish(make_labels.Settings(), Network, prepared, marginals)
     inside = np.zeros((HEIGHT, WIDTH), bool)
     inside[5:19, 10:28] = True  # the one box of class 1
     assert ((y_crf == 1) == inside).all()

@@ -125,10 +125,11 @@ class Classifier:
         self.classifier.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-@given(labelled(), st.booleans(), st.sampled_from(["box", "class"]), st.booleans(), st.sampled_from([0, 0.5, 0.99]))
-def test_labels_are_the_images_own_and_background_outside_boxes(case, u0, norm, softmax, threshold):
+@given(labelled(), st.booleans(), st.sampled_from(["box", "class"]), st.booleans(), st.sampled_from([0, 0.5, 0.99]),
+       st.booleans())
+def test_labels_are_the_images_own_and_background_outside_boxes(case, u0, norm, softmax, threshold, own_boxes):
     sample, up, weight, g = case
-    s = make_labels.Settings(u0=u0, cam_norm=norm, softmax=softmax, threshold=threshold)
+    s = make_labels.Settings(u0=u0, cam_norm=norm, softmax=softmax, threshold=threshold, own_boxes=own_boxes)
     boxes, labels = sample["boxes"].as_subclass(torch.Tensor), sample["labels"]
     classes, outside = sorted(set(labels.tolist())), sample["background"][0].as_subclass(torch.Tensor) == 1
     attention = make_labels.background_attention(up, weight, outside, s)
@@ -138,7 +139,8 @@ def test_labels_are_the_images_own_and_background_outside_boxes(case, u0, norm, 
     u = make_labels.unaries(attention, maps, outside, s)
     torch.testing.assert_close(u.sum(0), torch.ones(outside.shape), rtol=1e-5, atol=1e-5)
     marginals = torch.rand(u.shape, generator=g).numpy()  # whatever the CRF says
-    y_crf, y_ret = make_labels.finish(Classifier(weight), ("x", up, outside, boxes, labels, classes, None), marginals)
+    prepared = "x", up, outside, boxes, labels, classes, None
+    y_crf, y_ret = make_labels.finish(s, Classifier(weight), prepared, marginals)
     for y in (y_crf, y_ret):
         assert set(np.unique(y)) <= {0, *classes}
         assert (y[outside.numpy()] == 0).all()
@@ -146,6 +148,7 @@ def test_labels_are_the_images_own_and_background_outside_boxes(case, u0, norm, 
         mine = labels == label  # of Ycrf, a class stays in its own boxes
         own = make_labels.regions(boxes[mine], labels[mine], [label], outside.shape)
         assert not ((y_crf == label) & ~own[0].numpy()).any()
+        assert not own_boxes or not ((y_ret == label) & ~own[0].numpy()).any()
 
 
 @given(scenes())

@@ -4,6 +4,7 @@
 
     pooling   stage 1 with average pooling or with BAP; stage 2 with u0, without, and with another threshold of u0
     grid      N, the background queries' grid, in stage 1
+    features  what of a box's features the authors' code adds to the equations
     labels    the choices of stage 2, on the classifiers of `pooling`
     loss      stage 3's losses, on the labels in runs/NAME/labels
     nal       gamma and lambda, on the same
@@ -31,6 +32,8 @@ SEEDS = 0, 1, 2
 BAP = "bap", ["train_cls.pooling=bap"]
 POOLING = {"average pooling": ("gap", ["train_cls.pooling=gap"]), "BAP": BAP}
 GRID = {"N = 1": ("grid1", ["train_cls.grid=1"]), "N = 2": ("grid2", ["train_cls.grid=2"]), "N = 4": BAP}
+FEATURES = {"2 x 2 features, plain up to 12.5 % background": BAP, "one feature": ("bins1", ["train_cls.bins=1"]),
+            "never plain": ("never", ["train_cls.min_background=0"])}
 LOSS = {"cross-entropy on Ycrf": ["loss=crf"], "cross-entropy on Yret": ["loss=ret"], "agreement alone": ["loss=agree"],
         "entropy": ["loss=entropy"], "bootstrapping": ["loss=bootstrap"], "NAL": ["loss=nal"]}
 NAL = {"as set": LOSS["NAL"], "gamma 1": ["loss=nal", "gamma=1"], "lambda 0.01": ["loss=nal", "weight=0.01"],
@@ -101,6 +104,10 @@ def grid(config, arguments):
     return of_labels(config, arguments, GRID, {"as set": {}})
 
 
+def features(config, arguments):
+    return of_labels(config, arguments, FEATURES, {"as set": {}})
+
+
 def choices(config, arguments):
     return of_labels(config, arguments, {"": BAP}, labels.ROWS)
 
@@ -128,7 +135,7 @@ def improved(config, arguments):
         yield from pair
 
 
-STUDIES = dict(pooling=pooling, grid=grid, labels=choices, loss=loss, nal=nal, improved=improved)
+STUDIES = dict(pooling=pooling, grid=grid, features=features, labels=choices, loss=loss, nal=nal, improved=improved)
 
 
 def cell(values):

@@ -49,7 +49,7 @@ def run(ablations, study, *arguments):
     return [json.loads(line) for line in Path(f"runs/shapes_{study}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("study, rows", [("pooling", 6), ("grid", 3), ("labels", 3)])
+@pytest.mark.parametrize("study, rows", [("pooling", 6), ("grid", 3), ("features", 3), ("labels", 3)])
 def test_labels_are_scored_for_every_cell_seed_list_and_kind(ablations, capsys, monkeypatch, study, rows):
     some = {row: ablations.labels.ROWS[row] for row in ("as set", "u0 off", "threshold 0.9")}
     monkeypatch.setattr(ablations.labels, "ROWS", some)
@@ -65,6 +65,17 @@ def test_labels_are_scored_for_every_cell_seed_list_and_kind(ablations, capsys, 
     assert kept["train_cls.pooling"] == "bap" and kept["train_cls.grid"] == 4 and kept["run.seed"] == 1
 
 
+def check_improved(ablations):
+    lines = run(ablations, "improved")
+    assert [(r["row"], r["seed"]) for r in lines] == [
+        (row, seed) for seed in (0, 1) for row in ("as set", "threshold=0.9, own_boxes=true")]
+    folder = Path("runs/shapes_improved_lossnal_1")
+    assert (folder / "labels").resolve() == Path("runs/shapes_improved/labels").resolve()
+    made = json.loads((folder / "labels/made_with.json").read_text())["settings"]
+    assert made["make_labels.threshold"] == 0.9 and made["make_labels.own_boxes"]
+    assert lines[-1]["miou"] == json.loads((folder / "eval.json").read_text())["val, plain"]["miou"]
+
+
 def test_segmenters_learn_from_the_runs_own_labels(ablations, capsys, monkeypatch):
     monkeypatch.setattr(ablations, "SEEDS", (0, 1))
     monkeypatch.setattr(ablations, "LOSS", {name: ablations.LOSS[name] for name in ("cross-entropy on Ycrf", "NAL")})
@@ -73,6 +84,7 @@ def test_segmenters_learn_from_the_runs_own_labels(ablations, capsys, monkeypatc
     lines = run(ablations, "loss")
     assert [(r["row"], r["seed"]) for r in lines] == [
         (row, seed) for seed in (0, 1) for row in ("cross-entropy on Ycrf", "NAL")]
+    check_improved(ablations)
     for line in lines:
         name = {"NAL": "lossnal", "cross-entropy on Ycrf": "losscrf"}[line["row"]]
         folder = Path(f"runs/shapes_{name}_{line['seed']}")

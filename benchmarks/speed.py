@@ -42,6 +42,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 BATCH = 20 if GPU else 2  # crops of a training step
 CROP, SIZE, CLASSES = 321, (375, 500), 20
+FORMS = "fp32", "bf16", "bf16, compiled"  # of a training step; its floor is at the same precision, not compiled
 
 
 def clock(*functions, rounds=5):
@@ -111,30 +112,33 @@ def labels_of(shape, labels, differ=0.2):
     return y[0].to(DEVICE), torch.where(torch.rand(shape, generator=g) < differ, y[1], y[0]).to(DEVICE)
 
 
-def stage_1(precision):
+def stage_1(form):
     """-> (a whole training step, the backbone's forward and backward)."""
     s = train_cls.Settings()
     network = models.BoxClassifier(CLASSES).train().to(DEVICE, memory_format=torch.channels_last)
     boxes = [random_boxes(5 if i % 2 else 0, (CROP, CROP), i) for i in range(BATCH)]
     batch = dict(boxes=boxes, labels=[torch.ones(len(b), dtype=torch.int64) for b in boxes],
                  background=models.outside_boxes(boxes, (CROP, CROP)).byte())
-    return training_step(s, network, batch, train_cls.losses, precision)
+    return training_step(s, network, batch, train_cls.losses, form)
 
 
-def stage_3(precision):
+def stage_3(form):
     s = train_seg.Settings()
     network = models.DeepLab(1 + CLASSES).train().to(DEVICE, memory_format=torch.channels_last)
     y_crf, y_ret = labels_of((BATCH, CROP, CROP), 1 + CLASSES)
     loss = lambda network, b: {"loss": train_seg.segmentation_loss(s, network(b["image"]), y_crf, y_ret)}  # noqa: E731
-    return training_step(s, network, {}, loss, precision)
+    return training_step(s, network, {}, loss, form)
 
 
-def training_step(s, network, batch, loss, precision):
+def training_step(s, network, batch, loss, form):
     optimizer = torch.optim.SGD(network.parameter_groups(s.lr, s.decay), lr=s.lr, momentum=s.momentum)
     image = torch.randint(0, 256, (BATCH, 3, CROP, CROP), dtype=torch.uint8)
     batch["image"] = image.to(DEVICE, memory_format=torch.channels_last)
     normal = torch.randn(BATCH, 3, CROP, CROP, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    autocast = lambda: torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
+    autocast = lambda: torch.autocast(DEVICE.type, torch.bfloat16, enabled="bf16" in form)  # noqa: E731
+    backbone = network.backbone.forward  # the floor is never compiled
+    if "compile" in form:
+        network.backbone.compile()
 
     def step():
         with autocast():
@@ -145,7 +149,7 @@ def training_step(s, network, batch, loss, precision):
 
     def floor():
         with autocast():
-            features = network.backbone(normal)
+            features = backbone(normal)
         network.backbone.zero_grad(set_to_none=True)
         features.backward(features.detach())
 
@@ -284,9 +288,9 @@ def training():
     rates = {}
     for stage, parts in (("stage 1", stage_1), ("stage 3", stage_3)):
         memory = peak(f"{stage} step"), peak(f"{stage} floor")
-        for precision in ("fp32", "bf16"):
-            step, floor = clock(*parts(precision), rounds=10 if GPU else 4)
-            row(f"{stage}, {precision}", step, floor, step / floor, *(memory if precision == "fp32" else ("", "")))
+        for form in FORMS:
+            step, floor = clock(*parts(form), rounds=10 if GPU else 4)
+            row(f"{stage}, {form}", step, floor, step / floor, *(memory if form == "fp32" else ("", "")))
             rates[stage] = min(step, rates.get(stage, step)) / BATCH
     return rates
 

@@ -3,6 +3,7 @@ import errno
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -623,6 +624,23 @@ def test_download_merges_what_torchvision_fetched(tmp_path, monkeypatch):
     voc, sbd = tmp_path / "VOCdevkit/VOC2012", tmp_path / "SBD"
     assert datasets.download(tmp_path) == voc
     assert calls == [tmp_path, sbd, (voc, sbd)]
+
+
+def test_the_download_command(tmp_path, monkeypatch, capsys):
+    """`python datasets.py download data`, with small files in the place of what torchvision fetches."""
+    voc, sbd = released(tmp_path / "released")
+    for name, label in (("s1", 5), ("s2", 6), ("t", 9), ("v", 9)):
+        (sbd / f"cls/{name}.mat").write_text(str(label))
+    monkeypatch.setattr(datasets.torchvision.datasets, "VOCSegmentation",
+                        lambda root, **_: shutil.copytree(voc, Path(root, "VOCdevkit/VOC2012")))
+    monkeypatch.setattr(datasets.torchvision.datasets, "SBDataset", lambda root, **_: shutil.copytree(sbd, root))
+    monkeypatch.setattr(datasets.merge_augmented, "__defaults__", (3,))  # ids
+    monkeypatch.setattr(datasets, "_loadmat", lambda: fake_loadmat)
+    monkeypatch.setattr(sys, "argv", ["datasets.py", "download", "data"])
+    monkeypatch.chdir(tmp_path)
+    datasets.main()
+    assert capsys.readouterr().out == "data.root: data/VOCdevkit/VOC2012\n"
+    check_merged(Path("data/VOCdevkit/VOC2012"), Path("data/SBD"))
 
 
 def command(*arguments):

@@ -1,0 +1,50 @@
+"""benchmarks/speed.py runs to its end and prints every table; its numbers are not looked at."""
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+
+import models
+
+
+def once(*functions, rounds=5):
+    """In the place of the clock: every part runs, and each takes a second."""
+    for function in functions:
+        function()
+    return [1.0] * len(functions)
+
+
+@pytest.fixture
+def speed(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import speed
+    monkeypatch.setattr(speed, "clock", once)
+    monkeypatch.setattr(speed, "FORMS", speed.FORMS[:2])  # compiling takes a minute
+    monkeypatch.setattr(speed, "CROP", 65)
+    for network in ("BoxClassifier", "DeepLab"):
+        monkeypatch.setattr(speed.models, network, partial(getattr(models, network), width=0.0625))
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    return speed
+
+
+def test_every_table(speed, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(speed, "peak", lambda case: 1.0)
+    monkeypatch.setattr(sys, "argv", ["speed.py"])
+    speed.main()
+    said = capsys.readouterr().out
+    for text in ("stage 1, fp32", "stage 3, bf16", "BAP, 20 x 1024", "NAL, 20 x 21", "stage 3, two masks", "dense CRF",
+                 "eight views", "21 labels", "stage 3: 23,805 x 20 crops"):
+        assert f"| {text}" in said
+    assert all(line.count("|") > 2 for line in said.splitlines() if line.startswith("|"))
+    assert (tmp_path / "docs/speed.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's peak is counted by torch")
+def test_peak_memory_of_what_is_known(speed, monkeypatch):
+    """100 MB that are there for a moment."""
+    monkeypatch.setitem(speed.MEMORY, "known", lambda: lambda: torch.ones(25_000_000).sum())
+    assert speed.resident_peak("known") == pytest.approx(100, abs=10)

@@ -44,6 +44,7 @@ POSITIVE = {"train_cls.scale": 2, "train_seg.scale": 2, "make_labels.crf_bilater
             "eval.crf_bilateral": 3, "eval.crf_gaussian": 2, "eval.scales": 0}  # lists: how many numbers
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 GO_ON = "the same command goes on from there"
+ANOTHER_IS_GONE = f"another rank is gone; torchrun's report names it; {GO_ON}"
 SCRIPTS = ("train_cls", "make_labels", "train_seg", "eval")
 event_writers: dict = {}  # of this process: folder of a stage -> TensorBoard's writer
 MADE_BY = {"cls.pt": "train_cls.py", "labels": "make_labels.py", "seg.pt": "train_seg.py"}
@@ -259,6 +260,8 @@ def stop(line: str, status: int) -> None:
     """Ends the program with a line on stderr."""
     whose = f"rank {rank()}: " if dist.is_initialized() else ""
     print(f"{Path(sys.argv[0]).name}: {whose}{line}", file=sys.stderr, flush=True)
+    if line == ANOTHER_IS_GONE:
+        time.sleep(5)  # torchrun blames the first rank that it sees end: that must not be this one
     # At the interpreter's own end a pool that broke or was interrupted, or the other ranks, may wait forever; and
     # what still waits for a dead worker would say so once more, in a traceback.
     if status != 2 or dist.is_initialized():
@@ -274,7 +277,7 @@ def machine_fault(error: Exception) -> str | None:
     if isinstance(error, BrokenProcessPool | ConnectionError | EOFError) or "DataLoader worker" in text:
         return f"a worker process died, perhaps for want of memory; fewer run.workers need less: {GO_ON}"
     if dist.is_initialized() and ("onnection" in text or isinstance(error, dist.DistError)):
-        return f"another rank is gone; torchrun's report names it; {GO_ON}"
+        return ANOTHER_IS_GONE
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory; make the batch, the crop or run.workers smaller"
     return None

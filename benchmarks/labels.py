@@ -49,13 +49,13 @@ def scores(config, split, rows):
                 features = network.features(sample["image"].as_subclass(torch.Tensor)[None].to(config.device))
             once = SimpleNamespace(features=lambda _, features=features: features, classifier=network.classifier)
             for row, changes in rows.items():
-                variant = SimpleNamespace(**{**vars(config), "make_labels": replace(config.make_labels, **changes)})
+                s = replace(config.make_labels, **changes)
+                variant = SimpleNamespace(**{**vars(config), "make_labels": s})
                 prepared, crf = make_labels.prepare(variant, once, sample)
-                yield (row, prepared, sample["masks"][0].numpy()), crf
+                yield (row, s, prepared, sample["masks"][0].numpy()), crf
 
-    for (row, prepared, mask), marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
-        variant = replace(config.make_labels, **rows[row])
-        for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(variant, network, prepared, marginals)):
+    for (row, s, prepared, mask), marginals in engine.overlap(config.run.workers, dense_crf, tasks()):
+        for kind, y in zip(("Ycrf", "Yret"), make_labels.finish(s, network, prepared, marginals)):
             matrices[row, kind] += engine.confusion(mask, y, len(names))
     return {key: engine.scores(matrix, names, config) for key, matrix in matrices.items()}
 

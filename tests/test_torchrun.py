@@ -176,14 +176,16 @@ def begin(folder, *arguments):
     return process
 
 
-def test_a_rank_that_dies_is_named(tmp_path):
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_dies_is_named(tmp_path, dead):
     """Killed as the kernel kills what takes too much memory: a line says which, and the checkpoint stays."""
     datasets.make_shapes(tmp_path / "data/shapes", train=8, val=5)
     process = begin(tmp_path, "train_cls", 2, "train_cls.iterations=100000", "run.save_every=2")
-    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)[dead], signal.SIGKILL)
     _, error = process.communicate(timeout=90)
     assert process.returncode and (tmp_path / "runs/shapes/cls.pt.partial").exists()
-    assert re.search(r"failed \(exitcode: -9\) local_rank: 1 .*python", error)
+    assert re.search(rf"failed \(exitcode: -9\) local_rank: {dead} .*python", error)
+    assert f"rank      : {dead}" in error and "Signal 9" in error  # the report after it, where machines are several
     assert error.count("Traceback") <= 1  # torchrun's own
 
 

@@ -103,8 +103,10 @@ def test_no_permission_to_read(folder):
 
 
 def begin(script, *arguments, cwd):
+    # What a shell starts in the background is deaf to Ctrl-C, and so would be what these tests start.
     return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd, text=True,
-                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
 def wait_for(condition, seconds=60):

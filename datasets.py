@@ -315,17 +315,28 @@ def _yolo_names(folder):
     return [f"class{index}" for index in range(min(max(indices, default=0) + 1, VOID - 1))]
 
 
+def load_yaml(text: str, most_aliases: int = 20) -> object:
+    """yaml.safe_load, for text that anybody wrote. Raises yaml.YAMLError for all that it cannot read, and for what is
+    deep or full of aliases, which can take hours and all memory."""
+    import yaml
+    depth = aliases = 0
+    try:
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > 10 or aliases > most_aliases:
+                raise yaml.YAMLError("too deep, or too many aliases")
+        return yaml.safe_load(text)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of a tag, such as !!bool x
+        raise yaml.YAMLError(f"a value that is not what its tag says ({error})") from None
+
+
 def _names_in_yaml(path):
     import yaml
-    text, depth = "\n".join(_read_lines("list", path)), 0
     try:
-        for event in yaml.parse(text):  # what is deep or full of aliases can take hours and all memory to load
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 9 or isinstance(event, yaml.AliasEvent):
-                raise ValueError
-        names = yaml.safe_load(text)["names"]
+        names = load_yaml("\n".join(_read_lines("list", path)), most_aliases=0)["names"]
         return [str(names[index]) for index in range(len(names))]  # a list, or a mapping from 0 on
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+    except (yaml.YAMLError, LookupError, TypeError):
         raise DataError(f"{path}: no class names; write names: [FIRST, SECOND]") from None
 
 

@@ -160,7 +160,7 @@ def configure(script: str, arguments: list[str]) -> SimpleNamespace:
             if section not in sections:
                 raise UsageError(f"{argument}: unknown section {section}{nearest(section, sections)}")
             try:
-                value = yaml.safe_load(text)
+                value = datasets.load_yaml(text)
             except yaml.YAMLError:
                 value = text
             value = text if get_type_hints(sections[section]).get(name) is str else value
@@ -204,14 +204,8 @@ def read_yaml(path: Path) -> dict:
     if len(text) > MOST_YAML:
         raise UsageError(f"{path}: {len(text)} characters, too many for a settings file")
     try:
-        depth = aliases = 0
-        for event in yaml.parse(text):  # what is deep or full of aliases can take hours and all memory to load
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            aliases += isinstance(event, yaml.AliasEvent)
-            if depth > 10 or aliases > 20:
-                raise yaml.YAMLError("too deep, or too many aliases")
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        content = datasets.load_yaml(text)
+    except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict | None):
         raise UsageError(f"{path}: not sections of key: value")

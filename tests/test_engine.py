@@ -39,6 +39,7 @@ def test_values_that_look_like_numbers_stay_text():
     ("balance=2", "train_cls.balance is 2, not a bool"),
     ("lr=fast", "train_cls.lr is 'fast', not a float"),
     ("scale=1", "train_cls.scale is 1, not a list of float"),
+    ("balance=!!bool x", "train_cls.balance is '!!bool x', not a bool"),
     ("run.name=../x", "run.name is '../x'"),
 ])
 def test_bad_arguments(argument, words):
@@ -53,6 +54,9 @@ def test_bad_arguments(argument, words):
     ("train_cls: 3", "section train_cls is 3"),
     ("[1, 2]", "not sections"),
     ("a: [", "not YAML"),
+    ("run: {name: !!timestamp x}", "not YAML: a value that is not what its tag says"),
+    ("run: {overwrite: !!bool x}", "not YAML: a value that is not what its tag says"),
+    ("run: {seed: !!int ''}", "not YAML: a value that is not what its tag says"),
     ("train_seg: {loss: ce}", "train_seg.loss is 'ce', not one of nal, crf, ret, agree, entropy, bootstrap"),
 ])
 def test_bad_files(tmp_path, text, words):

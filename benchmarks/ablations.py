@@ -8,6 +8,7 @@
     labels    the choices of stage 2, on the classifiers of `pooling`
     loss      stage 3's losses, on the labels in runs/NAME/labels
     nal       gamma and lambda, on the same
+    start     stage 3 from the weights that are set, or from stage 1's backbone, on the same
     improved  stage 3 on labels made with runs/NAME/cls.pt and IMPROVED, against those in runs/NAME/labels
 
 Each cell is a run of the scripts themselves, runs/NAME_CELL_SEED, and what is finished is not done again. Every
@@ -38,6 +39,7 @@ LOSS = {"cross-entropy on Ycrf": ["loss=crf"], "cross-entropy on Yret": ["loss=r
         "entropy": ["loss=entropy"], "bootstrapping": ["loss=bootstrap"], "NAL": ["loss=nal"]}
 NAL = {"as set": LOSS["NAL"], "gamma 1": ["loss=nal", "gamma=1"], "lambda 0.01": ["loss=nal", "weight=0.01"],
        "lambda 1": ["loss=nal", "weight=1"]}
+START = {"as set": LOSS["NAL"], "from stage 1": ["loss=nal", "weights=stage1"]}
 IMPROVED = "threshold=0.9", "own_boxes=true"
 
 
@@ -116,12 +118,16 @@ def loss(config, arguments, rows=None):
     for seed in SEEDS:
         for title, settings in (rows or LOSS).items():
             name = f"{config.run.name}_{'_'.join(settings).replace('=', '')}_{seed}"
-            link(config, name, ["labels"] + ["cls.pt"] * (config.train_seg.weights == "stage1"))
+            link(config, name, ["labels"] + ["cls.pt"] * (config.path / "cls.pt").exists())
             yield of_segmenter(config, arguments, title, name, seed, settings)
 
 
 def nal(config, arguments):
     return loss(config, arguments, NAL)
+
+
+def start(config, arguments):
+    return loss(config, arguments, START)
 
 
 def improved(config, arguments):
@@ -135,7 +141,8 @@ def improved(config, arguments):
         yield from pair
 
 
-STUDIES = dict(pooling=pooling, grid=grid, features=features, labels=choices, loss=loss, nal=nal, improved=improved)
+STUDIES = dict(pooling=pooling, grid=grid, features=features, labels=choices, loss=loss, nal=nal, start=start,
+               improved=improved)
 
 
 def cell(values):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import datasets
 import engine
@@ -93,6 +94,19 @@ def test_segmenters_learn_from_the_runs_own_labels(ablations, capsys, monkeypatc
         settings = engine.read_checkpoint(folder / "seg.pt")["settings"]
         assert settings["train_seg.loss"] == name.removeprefix("loss") and settings["run.seed"] == line["seed"]
     assert "| NAL |" in capsys.readouterr().out
+
+
+def test_segmenters_start_from_stage_1(ablations, monkeypatch):
+    """At a rate so small that the first weights are still to be seen in the last."""
+    monkeypatch.setattr(ablations, "SEEDS", (0,))
+    for stage in ("train_cls", "make_labels"):
+        in_process(stage, SMALL, "shapes")
+    lines = run(ablations, "start", "train_seg.weights=none", "train_seg.lr=1e-12", "run.overwrite=true")
+    assert [(r["row"], r["seed"]) for r in lines] == [("as set", 0), ("from stage 1", 0)]
+    weight = "backbone.features.0.weight"
+    one, other, source = (engine.read_checkpoint(Path(path))["model"][weight] for path in (
+        "runs/shapes_lossnal_0/seg.pt", "runs/shapes_lossnal_weightsstage1_0/seg.pt", "runs/shapes/cls.pt"))
+    assert torch.allclose(other, source) and not torch.allclose(one, source)
 
 
 def test_a_missing_stage_is_named(ablations):

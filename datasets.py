@@ -336,7 +336,7 @@ def _names_in_yaml(path):
     try:
         names = load_yaml("\n".join(_read_lines("list", path)), most_aliases=0)["names"]
         return [str(names[index]) for index in range(len(names))]  # a list, or a mapping from 0 on
-    except (yaml.YAMLError, LookupError, TypeError):
+    except (yaml.YAMLError, ValueError, LookupError, TypeError):
         raise DataError(f"{path}: no class names; write names: [FIRST, SECOND]") from None
 
 

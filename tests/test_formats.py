@@ -328,6 +328,7 @@ def test_check_counts_the_images_that_boxes_fill(root, check):
 @pytest.mark.parametrize("names, expected", [
     ("names: [cat, dog, cow]", CLASSES), ("train: x\nnames:\n  0: cat\n  1: dog\n  2: cow\n", CLASSES),
     ("names: {0: cat, 2: cow}", None), ("[" * 20_000, None), ("a: &a [cat]\nnames: *a", None), ("nc: 3", None),
+    ("names: [0x" + "f" * 9000 + "]", None), ("names: [!!bool x]", None),
     ("", ["class0", "class1", "class2"])])
 def test_check_reads_yolos_names(root, check, names, expected):
     yolo(root)

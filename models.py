@@ -376,6 +376,18 @@ def resnet_backbone(name, source, state):
     return body, colours, loaded & set(body.state_dict())
 
 
+class DilatedDepthwise(nn.Conv2d):
+    """A depthwise convolution with dilation that autocast leaves in float32 on a CPU: in bfloat16 and channels_last
+    oneDNN 3.13 (torch 2.15) adds memory that nobody wrote to the gradient of its weights. Float32 is also faster.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
 def timm_backbone(name, source, state):
     try:
         import timm
@@ -395,6 +407,9 @@ def timm_backbone(name, source, state):
         raise
     except Exception as error:
         raise WeightsError(f"backbone timm/{name}: timm says: {' '.join(str(error).split())}") from None
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1 and layer.dilation != (1, 1):
+            layer.__class__ = DilatedDepthwise
     module.channels = module.feature_info.channels()[-1]
     known = timm.get_pretrained_cfg(name)
     return module, dict(mean=known.mean, std=known.std), set(module.state_dict()) if source != "none" else set()

@@ -544,6 +544,8 @@ class VOCDataset(torch.utils.data.Dataset):
 def _check_classes(classes):
     if not classes or len(set(classes)) < len(classes) or len(classes) >= VOID:
         raise DataError(f"data.classes: needs 1 to {VOID - 1} different names, not {reprlib.repr(classes)}")
+    if "background" in classes:
+        raise DataError("data.classes: background is label 0 by itself; leave it out")
 
 
 def _check_files(kind, paths):
@@ -953,6 +955,9 @@ def main():
     except DataError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"{error.filename or folder}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ import models
 MOST_YAML = 50_000  # characters
 Some = TypeVar("Some", bound=models.Network)
 LEAST = {"run.seed": 0, "run.workers": 0, "run.log_every": 1, "run.save_every": 1, "iterations": 1, "batch": 1,
-         "crop": 9, "width": 0.01, "jitter": 0, "lr": 0, "train_cls.grid": 1, "train_cls.bins": 1,
-         "make_labels.crf_iterations": 1, "make_labels.pictures": 0, "eval.crf_iterations": 1, "eval.panels": 0}
+         "crop": 9, "width": 0.01, "jitter": 0, "lr": 0, "new_lr": 0, "momentum": 0, "decay": 0, "poly": 0,
+         "train_cls.grid": 1, "train_cls.bins": 1, "make_labels.crf_iterations": 1, "make_labels.pictures": 0,
+         "eval.crf_iterations": 1, "eval.crf_margin": 0, "eval.panels": 0}
 POSITIVE = {"train_cls.scale": 2, "train_seg.scale": 2, "make_labels.crf_bilateral": 3, "make_labels.crf_gaussian": 2,
             "eval.crf_bilateral": 3, "eval.crf_gaussian": 2, "eval.scales": 0}  # lists: how many numbers
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
@@ -47,7 +48,7 @@ GO_ON = "the same command goes on from there"
 ANOTHER_IS_GONE = f"another rank is gone; torchrun's report names it; {GO_ON}"
 SCRIPTS = ("train_cls", "make_labels", "train_seg", "eval")
 event_writers: dict = {}  # of this process: folder of a stage -> TensorBoard's writer
-MADE_BY = {"cls.pt": "train_cls.py", "labels": "make_labels.py", "seg.pt": "train_seg.py"}
+MADE_BY = {"cls.pt": "train_cls.py", "seg.pt": "train_seg.py"}
 
 
 class UsageError(ValueError):
@@ -60,7 +61,7 @@ class Run:
     name: str = "shapes"  # results go to runs/NAME
     seed: int = 0
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, fp32 weights. A GPU's fp32 convolutions are TF32
     workers: int = 2  # processes that read images, or that run the CRF
     log_every: int = 20  # iterations from one line of metrics.jsonl to the next
     save_every: int = 100  # iterations from one checkpoint to the next
@@ -309,11 +310,18 @@ def join_processes(device: torch.device) -> torch.device:
     """Under torchrun: joins the other ranks. Returns the device of this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if not {"RANK", "LOCAL_RANK"} <= set(os.environ):
+        raise UsageError("WORLD_SIZE is set, but not RANK and LOCAL_RANK: start several processes with torchrun")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise UsageError(f"local rank {local} has no GPU of its own: torchrun's --nproc-per-node is {gpus} at most")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # The time that one may be ahead of another: a rank that dies is torchrun's to notice, and at once.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
+                            device_id=device if on_gpu else None)
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -516,7 +524,7 @@ def overlap(workers: int, function: Callable, tasks: Iterable[tuple]) -> Iterato
 def true_masks(config: SimpleNamespace) -> Path | None:
     """The folder of true masks, or None where there is none."""
     folder = Path(config.data.root, config.data.truth).resolve()
-    return folder if folder.is_dir() else None
+    return folder if config.data.truth and folder.is_dir() else None
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -544,7 +552,8 @@ def score_folders(config: SimpleNamespace, split: str, folders: dict[str, Path],
     names = ["background", *config.data.classes]
     dataset = open_data(config, split, boxes=whole_boxes is not None,
                         masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
-    matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in ["box", *folders]}
+    scored = [*folders, "box"] if whole_boxes else folders
+    matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in scored}
     for sample in bar(read(config, Subset(dataset, share(len(dataset)))), f"scores {split}"):
         truth, *given = sample["masks"].numpy()
         for name, labels in zip(folders, given):
@@ -557,7 +566,7 @@ def score_folders(config: SimpleNamespace, split: str, folders: dict[str, Path],
             total = torch.from_numpy(matrix).to(config.device)
             dist.all_reduce(total)
             matrices[name] = total.cpu().numpy()
-    return {name: scores(m, names, config) for name, m in matrices.items() if name != "box" or whole_boxes}
+    return {name: scores(matrix, names, config) for name, matrix in matrices.items()}
 
 
 def scores(matrix: np.ndarray, names: list[str], config: SimpleNamespace) -> dict:
@@ -628,7 +637,7 @@ def train(config: SimpleNamespace, script: str, settings: Training, network: mod
     torch.backends.cudnn.benchmark = not config.run.deterministic  # crops are of one size
     network.freeze_norm &= settings.freeze_norm
     if not network.freeze_norm and processes() > 1 and config.device.type == "cuda":  # there is none for a CPU
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = synchronised(network, settings.backbone)
     network = network.train().to(config.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         network.parameter_groups(settings.lr, settings.decay, settings.new_lr, settings.double_bias),
@@ -641,8 +650,8 @@ def train(config: SimpleNamespace, script: str, settings: Training, network: mod
         resume(config, partial, state, parts)
     if config.run.compile:
         network.backbone.compile()
-    device_ids = [config.device] if config.device.type == "cuda" else None
-    model = nn.parallel.DistributedDataParallel(network, device_ids) if dist.is_initialized() else network
+    # Without device_ids: with them it would move the boxes to the GPU, and wait for each.
+    model = nn.parallel.DistributedDataParallel(network) if dist.is_initialized() else network
 
     weights = datasets.balance_weights(dataset) if settings.balance else None
     stream = datasets.Stream(dataset, settings.iterations * settings.batch, config.run.seed, weights)
@@ -683,6 +692,14 @@ def train(config: SimpleNamespace, script: str, settings: Training, network: mod
         partial.unlink(missing_ok=True)
     wait()
     print(f"{path}: {settings.iterations} iterations, seed {config.run.seed}")
+
+
+def synchronised(network: Some, backbone: str) -> Some:
+    """The network with batch normalisation over all ranks. timm's has an activation in it, which torch's way drops."""
+    if backbone.startswith("timm/"):
+        from timm.layers import convert_sync_batchnorm
+        return convert_sync_batchnorm(network)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def read_losses(script: str, unread: list) -> dict[str, float]:

@@ -107,10 +107,11 @@ def sharpen(image: np.ndarray, log_probabilities: np.ndarray, margin: float, bil
 
 
 def predict_split(config, network, dataset, folder):
-    """Writes folder/ID.png, the predictions for those images that have none yet; the CRF runs in worker processes."""
+    """Writes folder/ID.png, the predictions of images that have none yet; the CRF runs in worker processes."""
     s = config.eval
     mine = engine.share(len(dataset))
-    left = [i for i in mine if not (folder / f"{dataset.ids[i]}.png").exists()]
+    # Pictures are predicted anew each time: others may have come under the same name.
+    left = [i for i in mine if s.images or not (folder / f"{dataset.ids[i]}.png").exists()]
     loader = engine.read(config, Subset(dataset, left))
     bar = engine.bar(loader, f"eval {method(s)}", initial=len(mine) - len(left), total=len(mine))
     arguments = s.crf_margin, tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations

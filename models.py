@@ -35,13 +35,18 @@ def coverage(intervals: Tensor, length: int, cells: int) -> Tensor:
     intervals (..., 2): start and end in pixels. An axis of `length` pixels is held by `cells` feature cells.
     Returns (..., cells) in [0, 1].
     """
-    step = (length - 1) / (cells - 1) if cells > 1 else length
+    step = (length - 1) / (cells - 1) if cells > 1 else 2 * length  # one cell reaches over all of it
     centres = torch.arange(cells, device=intervals.device, dtype=intervals.dtype) * step + 0.5
     start, end = (centres - step / 2).clamp(min=0), (centres + step / 2).clamp(max=length)
-    if cells == 1:
-        start, end = torch.zeros_like(centres), torch.full_like(centres, length)
     shared = torch.minimum(intervals[..., 1:], end) - torch.maximum(intervals[..., :1], start)
     return shared.clamp(min=0) / (end - start)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for it: a copy of memory that is not pinned may wait for the work before it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def split(low: Tensor, high: Tensor, parts: int) -> Tensor:
@@ -130,8 +135,7 @@ class BAP(nn.Module):
         plain = (background.mean((1, 2, 3)) <= self.min_background) | ~valid.any(1)
         kept = valid.flatten().nonzero()[:, 0]  # known before the GPU is done, if the background is on the CPU
         weights = weights / held.where(valid, zero + 1)[:, :, None]
-        m, valid, plain, weights, kept = (
-            t.to(features.device, non_blocking=True) for t in (m, valid, plain, weights, kept))
+        m, valid, plain, weights, kept = (upload(t, features.device) for t in (m, valid, plain, weights, kept))
         queries = weights @ f.mT  # (N, grid * grid, C)
 
         # A: the cosine's norm of f is divided out at the end, so that no unit copy of f is made.
@@ -151,8 +155,8 @@ class BAP(nn.Module):
             return f.new_zeros(0, self.bins ** 2, f.shape[1]) + 0 * f.sum()
         padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True).to(f.dtype)
         x0, y0, x1, y1 = padded.unbind(2)
-        rows = coverage(split(y0, y1, self.bins), image_size[0], map_size[0]).to(f.device, non_blocking=True)
-        columns = coverage(split(x0, x1, self.bins), image_size[1], map_size[1]).to(f.device, non_blocking=True)
+        rows = upload(coverage(split(y0, y1, self.bins), image_size[0], map_size[0]), f.device)
+        columns = upload(coverage(split(x0, x1, self.bins), image_size[1], map_size[1]), f.device)
         weights = torch.einsum("nkay,nkbx->nkabyx", rows, columns).flatten(4).flatten(1, 3)  # (N, K bins bins, hw)
         aware = weights * keep
         blank = aware.sum(2, keepdim=True) <= 1e-4 * weights.sum(2, keepdim=True)

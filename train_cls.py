@@ -32,7 +32,7 @@ def losses(network: models.BoxClassifier, batch: dict) -> dict[str, torch.Tensor
     shares of both that are classified right.
     """
     scores = network(batch["image"], batch["boxes"], batch["background"])
-    labels = torch.cat(batch["labels"]).to(batch["image"].device, non_blocking=True)
+    labels = models.upload(torch.cat(batch["labels"]), batch["image"].device)
     labels = labels[:, None].expand(scores.foreground.shape[:2]).flatten()
     logits = torch.cat((scores.foreground.flatten(0, 1), scores.queries))
     targets = torch.cat((labels, labels.new_zeros(len(scores.queries))))

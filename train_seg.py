@@ -63,6 +63,10 @@ def main(config: SimpleNamespace) -> None:
         return {"loss": segmentation_loss(s, network(batch["image"]), y_crf, y_ret)}
 
     inputs = {"data.masks": config.data.masks, "labels": engine.digest(config.path / "labels" / "made_with.json")}
+    if masked:
+        inputs["data.truth"] = config.data.truth
+    if s.weights == "stage1":
+        inputs["cls.pt"] = engine.digest(weights)
     engine.train(config, "train_seg", s, network, dataset, losses_of, **inputs)
 
 

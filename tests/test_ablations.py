@@ -96,7 +96,7 @@ def test_segmenters_learn_from_the_runs_own_labels(ablations, capsys, monkeypatc
     assert "| NAL |" in capsys.readouterr().out
 
 
-def test_segmenters_start_from_stage_1(ablations, monkeypatch):
+def test_segmenters_start_from_stage_1(ablations, capsys, monkeypatch):
     """At a rate so small that the first weights are still to be seen in the last."""
     monkeypatch.setattr(ablations, "SEEDS", (0,))
     for stage in ("train_cls", "make_labels"):
@@ -107,6 +107,10 @@ def test_segmenters_start_from_stage_1(ablations, monkeypatch):
     one, other, source = (engine.read_checkpoint(Path(path))["model"][weight] for path in (
         "runs/shapes_lossnal_0/seg.pt", "runs/shapes_lossnal_weightsstage1_0/seg.pt", "runs/shapes/cls.pt"))
     assert torch.allclose(other, source) and not torch.allclose(one, source)
+    in_process("train_cls", [*SMALL, "run.seed=5", "run.overwrite=true"], "shapes")
+    with pytest.raises(SystemExit):  # another start
+        run(ablations, "start", "train_seg.weights=none", "train_seg.lr=1e-12")
+    assert "seg.pt was made with other settings: cls.pt" in capsys.readouterr().err
 
 
 def test_a_missing_stage_is_named(ablations):

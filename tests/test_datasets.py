@@ -664,6 +664,12 @@ def test_the_command_line_reports_a_fault_in_one_line(tmp_path):
     assert "exists" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_the_command_line_reports_a_fault_of_the_machine_in_one_line():
+    done = command("shapes", "/proc/shapes")  # where nobody can write
+    assert done.returncode == 1 and done.stdout == ""
+    assert "/proc/shapes" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_the_command_line_writes_the_shapes(tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(datasets, "make_shapes", made.append)

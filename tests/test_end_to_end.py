@@ -137,6 +137,11 @@ def test_any_pictures(work):
         same = np.array(labels) == 0
         original = np.array(Image.open(next((work / "photos").glob(f"{name}*"))).convert("RGB"))
         assert (np.array(overlay)[same] == original[same]).all()
+    (work / "others").mkdir()
+    source.resize((70, 50)).save(work / "others/b.jpg")
+    done = command("eval", "images=others/b.jpg", "flip=true", cwd=work)  # another picture of the same name
+    assert done.returncode == 0, done.stderr
+    assert Image.open(folder / "b.png").size == Image.open(folder / "b_overlay.png").size == (70, 50)
     done = command("eval", "images=nothing/*", cwd=work)
     assert done.returncode == 2 and "no such files" in done.stderr
 
@@ -239,7 +244,9 @@ def test_missing_folder_list_and_settings(spoilt, capsys, monkeypatch):
     assert "train_seg.batch is 0" in refused("train_seg", capsys, monkeypatch, "batch=0")
     assert "run.device: nonsense" in refused("eval", capsys, monkeypatch, "run.device=nonsense")
     assert "no label rign; did you mean ring?" in refused("eval", capsys, monkeypatch, "run.mean_over=[rign]")
-    assert "no true masks" in refused("eval", capsys, monkeypatch, "labels=runs", "data.truth=none")
+    for truth in ("none", ""):
+        assert "no true masks" in refused("eval", capsys, monkeypatch, "labels=runs", f"data.truth={truth}")
+    assert "background is label 0" in refused("train_cls", capsys, monkeypatch, "data.classes=[background, bar]")
 
 
 def test_an_id_with_a_path_in_it(spoilt, capsys, monkeypatch):

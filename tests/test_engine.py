@@ -41,6 +41,11 @@ def test_values_that_look_like_numbers_stay_text():
     ("scale=1", "train_cls.scale is 1, not a list of float"),
     ("balance=!!bool x", "train_cls.balance is '!!bool x', not a bool"),
     ("run.name=../x", "run.name is '../x'"),
+    ("momentum=-1", "train_cls.momentum is -1.0, not at least 0"),
+    ("poly=-1", "train_cls.poly is -1.0, not at least 0"),
+    ("train_seg.new_lr=-1", "train_seg.new_lr is -1.0, not at least 0"),
+    ("decay=-1", "train_cls.decay is -1.0, not at least 0"),
+    ("eval.crf_margin=-1", "eval.crf_margin is -1.0, not at least 0"),
 ])
 def test_bad_arguments(argument, words):
     with pytest.raises(engine.UsageError) as error:

@@ -349,7 +349,9 @@ def test_bap_channels_last():
 
 
 class Waits(TorchDispatchMode):
-    """Notes what makes the CPU wait for the GPU: a transfer that blocks, or values or a shape read off the GPU."""
+    """Notes what makes the CPU wait for the GPU: a transfer that blocks, or is of memory that is not pinned, or values
+    or a shape read off the GPU.
+    """
 
     def __init__(self):
         super().__init__()
@@ -361,16 +363,22 @@ class Waits(TorchDispatchMode):
         masks = op is torch.ops.aten.index.Tensor and any(index.dtype == torch.bool for index in args[1])
         reads = masks or op is torch.ops.aten.nonzero.default or torch.Tag.data_dependent_output in op.tags
         moved = op is torch.ops.aten._to_copy.default and out.device.type != given
-        if given == "cuda" and (reads or moved) or moved and not kwargs.get("non_blocking"):
+        waits = not kwargs.get("non_blocking") or moved and not getattr(args[0], "pinned", False)
+        if given == "cuda" and (reads or moved) or moved and waits:
             self.found.append(str(op))
         return out
 
 
 @pytest.mark.parametrize("device, waits", [("cpu", []), ("cuda", ["aten.nonzero.default"])])
-def test_bap_on_a_gpu(device, waits):
+def test_bap_on_a_gpu(monkeypatch, device, waits):
     """Tensors that have a device and a shape but no numbers need no GPU. Features are on it; boxes and background
     may be, too, but then the number of queries is waited for.
     """
+    def pin(tensor):
+        tensor.pinned = True
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     features, boxes, image_size, background = pooling_case()
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), Waits() as transfers:
         features = torch.empty(features.shape, device="cuda")

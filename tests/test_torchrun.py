@@ -228,3 +228,32 @@ def test_a_rank_that_outlives_another_says_so(monkeypatch):
     line = engine.machine_fault(RuntimeError("[gloo/transport/tcp/pair.cc:548] Connection closed by peer"))
     assert line.startswith("another rank is gone; torchrun's report names it")
     assert engine.machine_fault(RuntimeError("a bug")) is None
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in dict(WORLD_SIZE="3", RANK="2", LOCAL_RANK="2").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(engine.UsageError, match="local rank 2 has no GPU .* is 2 at most"):
+        engine.join_processes(torch.device("cuda"))
+
+
+def test_several_processes_without_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(engine.UsageError, match="with torchrun"):
+        engine.join_processes(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backbone", ["vgg16_bn", "resnet50", "timm/tf_efficientnet_lite0"])
+def test_synchronised_normalisation_computes_the_same(backbone):
+    """Before there are ranks to share statistics with."""
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = models.DeepLab(3, backbone, width=0.125 if backbone == "vgg16_bn" else 1.0).eval()
+    image = torch.rand(1, 3, 65, 65)
+    with torch.no_grad():
+        before = network(image)
+        network = engine.synchronised(network, backbone)
+        assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
+        torch.testing.assert_close(network(image), before)

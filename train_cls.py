@@ -35,10 +35,10 @@ def losses(network: models.BoxClassifier, batch: dict) -> dict[str, torch.Tensor
     labels = models.upload(torch.cat(batch["labels"]), batch["image"].device)
     labels = labels[:, None].expand(scores.foreground.shape[:2]).flatten()
     logits = torch.cat((scores.foreground.flatten(0, 1), scores.queries))
-    targets = torch.cat((labels, labels.new_zeros(len(scores.queries))))
+    targets = torch.cat((labels, labels.new_zeros(scores.queries.shape[0])))
     ce = F.cross_entropy(logits, targets, reduction="none")
     right = (logits.argmax(1) == targets).float()
-    boxes = (torch.arange(len(targets), device=ce.device) < len(labels)).float()
+    boxes = (torch.arange(targets.shape[0], device=ce.device) < labels.shape[0]).float()
     mean, group = weighted_mean, engine.group()
     # An empty batch (no boxes, no background) has a loss of 0, not of 0 / 0.
     return {"loss": mean(ce, torch.ones_like(ce), group), "right_boxes": mean(right, boxes, group),

@@ -13,9 +13,6 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, SHARED
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError, outside_boxes
 
@@ -346,47 +343,6 @@ def test_bap_under_autocast_is_the_same(dtype):
 def test_bap_channels_last():
     features, *case = pooling_case()
     same_pooling(features.to(memory_format=torch.channels_last), *case)
-
-
-class Waits(TorchDispatchMode):
-    """Notes what makes the CPU wait for the GPU: a transfer that blocks, or is of memory that is not pinned, or values
-    or a shape read off the GPU.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out, kwargs = op(*args, **kwargs or {}), kwargs or {}
-        given = args[0].device.type if args and isinstance(args[0], torch.Tensor) else None
-        masks = op is torch.ops.aten.index.Tensor and any(index.dtype == torch.bool for index in args[1])
-        reads = masks or op is torch.ops.aten.nonzero.default or torch.Tag.data_dependent_output in op.tags
-        moved = op is torch.ops.aten._to_copy.default and out.device.type != given
-        waits = not kwargs.get("non_blocking") or moved and not getattr(args[0], "pinned", False)
-        if given == "cuda" and (reads or moved) or moved and waits:
-            self.found.append(str(op))
-        return out
-
-
-@pytest.mark.parametrize("device, waits", [("cpu", []), ("cuda", ["aten.nonzero.default"])])
-def test_bap_on_a_gpu(monkeypatch, device, waits):
-    """Tensors that have a device and a shape but no numbers need no GPU. Features are on it; boxes and background
-    may be, too, but then the number of queries is waited for.
-    """
-    def pin(tensor):
-        tensor.pinned = True
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    features, boxes, image_size, background = pooling_case()
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), Waits() as transfers:
-        features = torch.empty(features.shape, device="cuda")
-        boxes = [torch.empty(b.shape, device=device) for b in boxes]
-        background = torch.empty(background.shape, device=device)
-        pooled = BAP()(features, boxes, image_size, background)
-    assert all(out.device.type == "cuda" for out in pooled)
-    assert transfers.found == waits
 
 
 # ---- features looked at in the image's size ----

@@ -1,4 +1,4 @@
-"""Every command of the README, in its order, on small sets in the layouts that it speaks of.
+"""Every command of the README and of the ablations' page, in its order, on small sets in the layouts that it speaks of.
 
 The commands run as they stand; only settings that make them quick come after them.
 """
@@ -15,7 +15,7 @@ import pytest
 import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / page).read_text() for page in ("README.md", "docs/ablations/README.md"))
 QUICK = {
     "train_cls": "train_cls.iterations=2 train_cls.batch=2 train_cls.crop=65",
     "train_seg": "train_seg.iterations=2 train_seg.batch=2 train_seg.crop=65",

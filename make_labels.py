@@ -30,7 +30,7 @@ class Settings:
     """Section `make_labels` of the YAML file."""
     splits: list[str] = field(default_factory=list)  # lists to label; none: data.train and data.val
     u0: bool = True  # background attention as the background's unary; false: its own activation map
-    threshold: float = 0.99  # u0 below this share of its maximum inside the boxes becomes 0
+    threshold: float = 0.99  # u0, or what stands in for it, becomes 0 below this share of its maximum inside the boxes
     cam_norm: Literal["box", "class"] = "box"  # an activation map is divided by its maximum in each box, or in all
     softmax: bool = True  # over {u0, u_c} before the CRF; false: divided by their sum
     own_boxes: bool = False  # Yret gives a class inside that class's boxes only, as Ycrf does; false: inside any box

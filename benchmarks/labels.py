@@ -27,6 +27,7 @@ ROWS = {
     "as set": {}, "threshold 0": dict(threshold=0.0), "threshold 0.5": dict(threshold=0.5),
     "threshold 0.8": dict(threshold=0.8), "threshold 0.9": dict(threshold=0.9), "threshold 0.95": dict(threshold=0.95),
     "u0 off": dict(u0=False), "u0 off, threshold 0.9": dict(u0=False, threshold=0.9),
+    "u0 off, threshold 0": dict(u0=False, threshold=0.0),
     "cam_norm class": dict(cam_norm="class"), "softmax off": dict(softmax=False),
     "own boxes": dict(own_boxes=True), "threshold 0.9, own boxes": dict(threshold=0.9, own_boxes=True),
     "the equations: class, softmax off, threshold 0": dict(cam_norm="class", softmax=False, threshold=0.0),

@@ -354,7 +354,7 @@ def save(path: Path, content: dict) -> None:
 
 def digest(path: Path) -> str | None:
     """What tells one file's content from another's; None where there is no file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
 
 
 def made_with(config: SimpleNamespace, section: str, *others: str, without: Collection[str] = ()) -> dict:

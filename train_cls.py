@@ -5,6 +5,7 @@
 Reads data.root, writes runs/NAME/cls.pt.
 """
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -54,7 +55,7 @@ def main(config: SimpleNamespace) -> None:
     network = models.BoxClassifier(len(config.data.classes), s.backbone, s.weights, s.width, s.dropout, pooling)
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
     dataset = engine.open_data(config, config.data.train, transform=transform)
-    engine.train(config, "train_cls", s, network, dataset, losses)
+    engine.train(config, "train_cls", s, network, dataset, losses, **{"weights file": engine.digest(Path(s.weights))})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Reads data.root and runs/NAME/labels, writes runs/NAME/seg.pt. data.masks names 
 stand in for both labels: semi-supervised training.
 """
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -62,11 +63,9 @@ def main(config: SimpleNamespace) -> None:
         y_crf, y_ret = batch["masks"].to(batch["image"].device, non_blocking=True).long().unbind(1)
         return {"loss": segmentation_loss(s, network(batch["image"]), y_crf, y_ret)}
 
-    inputs = {"data.masks": config.data.masks, "labels": engine.digest(config.path / "labels" / "made_with.json")}
-    if masked:
-        inputs["data.truth"] = config.data.truth
-    if s.weights == "stage1":
-        inputs["cls.pt"] = engine.digest(weights)
+    inputs = {"data.masks": config.data.masks, "data.truth": config.data.truth if masked else None,
+              "labels": engine.digest(config.path / "labels" / "made_with.json"),
+              "weights file": engine.digest(Path(weights))}
     engine.train(config, "train_seg", s, network, dataset, losses_of, **inputs)
 
 

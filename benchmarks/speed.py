@@ -337,7 +337,7 @@ def input_pipeline():
             plain = datasets.VOCDataset(root, "all", ["a"], **masks)
             crops, decoding = clock(partial(take, data), partial(take, plain))
             row(stage, 16 / crops, 16 / decoding)
-            rates[stage[:7]] = crops / 16
+            rates[stage.split(",")[0]] = crops / 16
         torch.set_num_threads(threads)
     return rates
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]  # a state dict
 STRIDE = 8  # pixels from one feature cell to the next, for every backbone here
+LEAST_QUERY = 1e-5  # feature cells of background that make a query: less is the rounding of an edge
 
 
 class WeightsError(ValueError):
@@ -47,6 +48,17 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def map_parts(cells: int, parts: int, like: Tensor) -> Tensor:
+    """Which part of each feature cell lies in each of the equal parts of the map, along one axis: (parts, cells).
+
+    Counted in cells, so each part holds cells / parts of them; a cell across an edge lies in its two parts.
+    """
+    edges = torch.arange(parts + 1, device=like.device, dtype=like.dtype) * cells / parts
+    low = torch.arange(cells, device=like.device, dtype=like.dtype)
+    shared = torch.minimum(edges[1:, None], low + 1) - torch.maximum(edges[:-1, None], low)
+    return shared.clamp(min=0)
 
 
 def split(low: Tensor, high: Tensor, parts: int) -> Tensor:
@@ -79,9 +91,10 @@ class BAP(nn.Module):
         r_i  = sum_{p in box i} (1 - A(p)) f(p) / sum_{p in box i} (1 - A(p))
 
     p runs over feature cells. A cell that the background or a box covers in part counts in that part.
+    The grid divides the feature map into grid x grid equal parts. Any background in one makes it a query.
     Each box gives bins x bins such r, one for each of its equal parts.
     An image with no more than the share min_background of background, or none, is pooled plainly: A = 0 in
-    r_i. So min_background=1 is plain average pooling (the paper's GAP).
+    r_i. aware=False pools every image so: average pooling, the paper's GAP.
     A part that A takes for background all through (to 1 in 10,000; then r_i is 0/0) is pooled plainly, too.
 
     forward(features (N, C, h, w), boxes: N float tensors (K_i, 4), image_size (H, W), background (N, 1, H, W),
@@ -91,12 +104,14 @@ class BAP(nn.Module):
     J free.
     """
 
-    def __init__(self, grid: int = 4, bins: int = 2, min_background: float = 0.125):
+    def __init__(self, grid: int = 4, bins: int = 2, min_background: float = 0.125, aware: bool = True):
         super().__init__()
-        self.grid, self.bins, self.min_background = grid, bins, min_background
+        self.grid, self.bins = grid, bins
+        self.min_background, self.aware = min_background, aware
 
     def extra_repr(self):
-        return f"grid={self.grid}, bins={self.bins}, min_background={self.min_background}"
+        return (f"grid={self.grid}, bins={self.bins}, min_background={self.min_background}, "
+                f"aware={self.aware}")
 
     def forward(self, features: Tensor, boxes: list[Tensor], image_size: Sequence[int],
                 background: Tensor | None = None) -> Pooled:
@@ -126,15 +141,14 @@ class BAP(nn.Module):
         m = (rows.T @ background @ columns).flatten(2)  # (N, 1, hw)
 
         # q: one weighted mean for each grid cell.
-        zero = torch.zeros((), **geometry)
-        rows = coverage(split(zero, zero + height, self.grid), height, h)
-        columns = coverage(split(zero, zero + width, self.grid), width, w)
+        rows, columns = map_parts(h, self.grid, background), map_parts(w, self.grid, background)
         weights = torch.einsum("ay,bx->abyx", rows, columns).reshape(1, -1, h * w) * m  # (N, grid * grid, hw)
         held = weights.sum(2)
-        valid = held > 1e-5  # of a feature cell: less is the rounding of an edge, not background
+        valid = held > LEAST_QUERY
         plain = (background.mean((1, 2, 3)) <= self.min_background) | ~valid.any(1)
+        plain = plain | (not self.aware)
         kept = valid.flatten().nonzero()[:, 0]  # known before the GPU is done, if the background is on the CPU
-        weights = weights / held.where(valid, zero + 1)[:, :, None]
+        weights = weights / held.where(valid, 1)[:, :, None]
         m, valid, plain, weights, kept = (upload(t, features.device) for t in (m, valid, plain, weights, kept))
         queries = weights @ f.mT  # (N, grid * grid, C)
 

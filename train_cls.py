@@ -22,7 +22,7 @@ from losses import weighted_mean
 class Settings(engine.Training):
     """Section `train_cls` of the YAML file."""
     pooling: Literal["bap", "gap"] = "bap"  # background-aware, or plain average pooling
-    grid: int = 4  # N: background queries come from N x N cells of the image
+    grid: int = 4  # N: background queries come from N x N parts of the feature map
     bins: int = 2  # a box gives bins x bins foreground features
     min_background: float = 0.125  # share of background at or under which an image is pooled plainly
     drop_at: int = 5000
@@ -51,7 +51,7 @@ def main(config: SimpleNamespace) -> None:
     if s.crop < 9 or s.crop % models.STRIDE != 1:
         raise engine.UsageError(f"train_cls.crop is {s.crop}, not 8 k + 1, such as 321: then the map has no margin")
     torch.manual_seed(config.run.seed)
-    pooling = models.BAP(s.grid, s.bins, s.min_background if s.pooling == "bap" else 1.0)
+    pooling = models.BAP(s.grid, s.bins, s.min_background, aware=s.pooling == "bap")
     network = models.BoxClassifier(len(config.data.classes), s.backbone, s.weights, s.width, s.dropout, pooling)
     transform = datasets.training_transform(s.crop, network.fill, s.scale, s.jitter)
     dataset = engine.open_data(config, config.data.train, transform=transform)

@@ -93,17 +93,29 @@ def weighted_mean(f, weights):
     return above / below if below > 0 else None
 
 
+def grid_weights(h, w, grid):
+    """The feature map cut into grid x grid equal parts, row by row: of each, (h, w), the share of every cell in it.
+
+    Counted in feature cells: cell i reaches from i to i + 1, and a part is h / grid cells high, w / grid wide.
+    """
+    def share(i, part, cells):
+        begin, end = Fraction(part * cells, grid), Fraction((part + 1) * cells, grid)
+        return max(min(end, i + 1) - max(begin, i), 0)
+
+    return [torch.tensor([[float(share(j, a, h) * share(i, b, w)) for i in range(w)] for j in range(h)],
+                         dtype=torch.float64) for a in range(grid) for b in range(grid)]
+
+
 def bap(features, boxes, image_size, background=None, grid=4, bins=2, min_background=0.125):
     """Pooled(foreground (sum K, bins * bins, C), queries (J, C), attention (N, 1, h, w))."""
     N, C, h, w = features.shape
-    H, W = image_size
     foreground, queries, attention = [], [], []
     for n in range(N):
         f = features[n]
         pixels = outside_boxes(boxes[n], image_size) if background is None else background[n, 0].double()
         M = cell_means(pixels, (h, w))
         # q_g, for the grid cells that hold background
-        q = [weighted_mean(f, box_weights(g, (h, w), image_size) * M) for g in cut((0, 0, W, H), grid, grid)]
+        q = [weighted_mean(f, cells * M) for cells in grid_weights(h, w, grid)]
         q = [q_g for q_g in q if q_g is not None]
         plain = float(pixels.mean()) <= min_background or not q
         # A = 1 on background, the mean of ReLU(cos(f, q_g)) in boxes

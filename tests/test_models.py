@@ -164,9 +164,9 @@ def test_bap_share_of_exactly_min_background_is_pooled_plainly():
     close(plain.queries, aware.queries)
 
 
-def test_bap_with_min_background_1_is_average_pooling():
+def test_bap_that_is_not_aware_is_average_pooling():
     features, boxes = random_features(2, 3, 6, 7), random_boxes((3, 2), (41, 50))
-    pooled = BAP(bins=1, min_background=1.0)(features, boxes, (41, 50))
+    pooled = BAP(bins=1, aware=False)(features, boxes, (41, 50))
     means = [reference.weighted_mean(f, reference.box_weights(box, (6, 7), (41, 50)))
              for f, image in zip(features, boxes) for box in image.tolist()]
     close(pooled.foreground, torch.stack(means)[:, None])
@@ -225,7 +225,7 @@ def test_bap_by_hand():
 def test_bap_part_of_a_cell():
     """Two cells along 3 pixels, [0, 1.5] and [1.5, 3]: the box [0, 2] covers one and a third of the other."""
     features = torch.tensor([[[[0.0, 4]]]])
-    pooled = BAP(bins=1, min_background=1.0)(features, [torch.tensor([[0.0, 0, 2, 1]])], (1, 3))
+    pooled = BAP(bins=1, aware=False)(features, [torch.tensor([[0.0, 0, 2, 1]])], (1, 3))
     assert pooled.foreground.item() == pytest.approx(1.0)
     torch.testing.assert_close(pooled.attention.flatten(), torch.tensor([0, 2 / 3]))
 
@@ -234,8 +234,24 @@ def test_bap_bins_and_queries_go_row_by_row():
     features = torch.arange(16.0).reshape(1, 1, 4, 4)
     pooled = BAP(grid=2, bins=2)(features, [torch.tensor([[0.0, 0, 2, 2]])], (4, 4))
     assert pooled.queries.flatten().tolist() == [4.5, 10.5, 12.5]
-    pooled = BAP(bins=2, min_background=1.0)(features, [torch.tensor([[0.0, 0, 2, 2]])], (4, 4))
+    pooled = BAP(bins=2, aware=False)(features, [torch.tensor([[0.0, 0, 2, 2]])], (4, 4))
     assert pooled.foreground.flatten().tolist() == [0, 1, 4, 5]
+
+
+def test_bap_grid_divides_the_feature_map():
+    """A 4 x 4 map of 25 x 25 pixels, whose border cells are half as large: the four cells left of the box are the
+    queries, each as it is, though parts of the image of a quarter each would cut into them."""
+    features = random_features(1, 3, 4, 4)
+    pooled = BAP()(features, [torch.tensor([[4.5, 0, 25, 25]])], (25, 25), torch.ones(1, 1, 25, 25).index_fill(
+        3, torch.arange(4, 25), 0))
+    close(pooled.queries, features[0, :, :, 0].T)
+
+
+def test_bap_grid_cell_across_an_edge_counts_in_its_two_parts():
+    """Three cells in two parts: the middle one is half in each."""
+    features = torch.tensor([[[[3.0, 6, 12]]]])
+    pooled = BAP(grid=2)(features, [torch.zeros(0, 4)], (1, 3))
+    torch.testing.assert_close(pooled.queries.flatten(), torch.tensor([4.0, 10, 4, 10]))
 
 
 def test_bap_finds_the_object():
@@ -247,7 +263,7 @@ def test_bap_finds_the_object():
     pooled = BAP()(features, [box], (12, 12))
     torch.testing.assert_close(pooled.foreground, object_.expand(1, 4, 3))
     torch.testing.assert_close(pooled.queries, background.expand(len(pooled.queries), 3))
-    plain = BAP(min_background=1.0)(features, [box], (12, 12))
+    plain = BAP(aware=False)(features, [box], (12, 12))
     assert (plain.foreground - object_).abs().amax(2).min() > 0.5
 
 

@@ -72,7 +72,8 @@ class Settings:
     boxes: str = "Annotations"  # folder of VOC's ID.xml or of YOLO's ID.txt, or a COCO JSON file
     shapes: bool = False  # write the shapes demo set to root when root does not exist
     classes: list[str] = field(default_factory=lambda: list(VOC_CLASSES))  # labels 1, 2, ...; 0 is background
-    train: str = "train_aug"  # list under ImageSets/Segmentation to learn from; all: every image, without a list
+    train: str = "train_aug"  # list to learn from, by its path under ImageSets (Main/trainval); a bare name means
+    # Segmentation's, then Main's; all: every image, without a list
     val: str = "val"  # list of unseen images, or none
     truth: str = "SegmentationClassAug"  # folder of the true masks: for scores, and for the images of `masks`
     masks: str = ""  # list of images whose true masks stage 3 may see (semi-supervised); none: boxes alone
@@ -80,13 +81,27 @@ class Settings:
 
 # ---------------------------------------------------------------------------------------------- files
 
-def read_list(root: Pathlike, split: str, folder: str = "ImageSets/Segmentation") -> list[str]:
-    """The ids in ROOT/FOLDER/SPLIT.txt, one a line, in order; blank lines are skipped.
+def list_path(root: Pathlike, split: str) -> Path:
+    """The file of a list named by its path under ImageSets, such as Main/trainval; a bare name means Segmentation's,
+    then Main's. Whether it is there, is left open. Raises DataError for a name that leads out of ImageSets."""
+    folder = Path(root, "ImageSets")
+    if not split or ".." in split or Path(split).is_absolute():
+        raise DataError(f"{split!r} is not the name of a list: its path under {folder}, without .txt")
+    if "/" in split:
+        return folder / f"{split}.txt"
+    own, main = folder / "Segmentation" / f"{split}.txt", folder / "Main" / f"{split}.txt"
+    return main if main.is_file() and not own.is_file() else own
 
-    Raises DataError if the list is missing or empty, or holds a path or the same id twice."""
-    path = Path(root, folder, f"{split}.txt")
-    if Path(split).name != split:
-        raise DataError(f"{split!r} is not the name of a list; it stands in {Path(root, folder)}, without .txt")
+
+def read_list(root: Pathlike, split: str) -> list[str]:
+    """The ids of a list, in order. Raises DataError as list_path and read_ids do."""
+    return read_ids(list_path(root, split))
+
+
+def read_ids(path: Path) -> list[str]:
+    """The ids in a file, one a line, in order; blank lines are skipped.
+
+    Raises DataError if it is missing or empty, or holds a path or the same id twice."""
     counts = Counter(line.strip() for line in _read_lines("list", path) if line.strip())
     if not counts:
         raise DataError(f"{path}: an empty list; write one image id a line")
@@ -111,9 +126,10 @@ def find_images(root: Pathlike, split: str, images: str = "JPEGImages") -> dict[
 
     Raises DataError as read_list and list_images do; whether a listed image is there, it leaves open."""
     folder = Path(root, images)
-    if split == "all" and not os.path.lexists(Path(root, "ImageSets/Segmentation/all.txt")):
+    listed = list_path(root, split)
+    if split == "all" and not os.path.lexists(listed):
         return list_images(folder)
-    paths = {name: folder / f"{name}.jpg" for name in read_list(root, split)}
+    paths = {name: folder / f"{name}.jpg" for name in read_ids(listed)}
     if all(map(os.path.isfile, paths.values())):  # the devkit's layout
         return paths
     found = list_images(folder)
@@ -482,7 +498,7 @@ class VOCDataset(torch.utils.data.Dataset):
     `split`: name of a list; `classes`: names in label order 1, 2, ...; `transform`: applied to each sample;
     `masks`: folders of label PNGs (relative ones lie under root); `images`: folder under root; `boxes`: what
     box_reader reads, under root, or None; `exact`: ids for which each of the masks is read from the folder
-    `truth` instead. A sample is a dict:
+    `truth` instead; `scored`: a folder, images without a PNG there are left out. A sample is a dict:
 
         id          str
         image       uint8 (3,H,W) RGB
@@ -496,12 +512,14 @@ class VOCDataset(torch.utils.data.Dataset):
     DataError."""
 
     def __init__(self, root, split, classes, transform=None, masks=(), images="JPEGImages", boxes="Annotations",
-                 truth=None, exact=()):
+                 truth=None, exact=(), scored=None):
         self.root, self.classes, self.transform = Path(root), list(classes), transform
         _check_classes(self.classes)
         if not self.root.is_dir():
             raise DataError(f"{root}: no such folder; set data.root, or run: python datasets.py download DIR")
         self.paths = find_images(root, split, images)
+        if scored:
+            self.paths = {name: path for name, path in self.paths.items() if os.path.isfile(f"{scored}/{name}.png")}
         self.ids = list(self.paths)
         self.mask_folders = [self.root / folder for folder in masks]
         _check_files("image", list(self.paths.values()))
@@ -637,9 +655,18 @@ def collate(samples: list[dict]) -> dict:
 # -------------------------------------------------------------------------------------- augmentation
 
 def random_scale(sample: dict, scale: Sequence[float]) -> dict:
-    """Resizes the sample by one factor drawn from U(scale)."""
+    """Resizes the sample by one factor drawn from U(scale), bilinear without antialiasing, as OpenCV does."""
     factor = torch.empty(1).uniform_(*scale).item()
-    return v2.Resize([max(1, round(factor * side)) for side in sample["image"].shape[-2:]])(sample)
+    size = [max(1, round(factor * side)) for side in sample["image"].shape[-2:]]
+    return v2.Resize(size, antialias=False)(sample)
+
+
+def pad_to(sample: dict, crop: int, fill: dict) -> dict:
+    """Pads a sample that is smaller than the crop to its size; the image then lies in the middle."""
+    height, width = sample["image"].shape[-2:]
+    across, down = max(crop - width, 0), max(crop - height, 0)
+    left, top = across // 2, down // 2
+    return v2.Pad([left, top, across - left, down - top], fill=fill)(sample)
 
 
 def drop_thin_boxes(sample: dict) -> dict:
@@ -654,13 +681,17 @@ def drop_thin_boxes(sample: dict) -> dict:
 def training_transform(crop: int, fill: Sequence[int], scale: Sequence[float] = (0.5, 1.5),
                        jitter: float = 0.5) -> Callable[[dict], dict]:
     """Scale U(scale), pad with the colour `fill` (RGB, 0..255) and the masks with 255, crop x crop pixels at
-    random, flip, jitter brightness, contrast and saturation. Takes and returns a sample of VOCDataset."""
+    random, flip, jitter brightness, contrast and saturation, in that order. Takes and returns a sample of
+    VOCDataset."""
     return v2.Compose([
         partial(random_scale, scale=scale),
-        v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: list(fill), tv_tensors.Mask: VOID}),
+        partial(pad_to, crop=crop, fill={tv_tensors.Image: list(fill), tv_tensors.Mask: VOID}),
+        v2.RandomCrop(crop),
         drop_thin_boxes,
         v2.RandomHorizontalFlip(),
-        v2.ColorJitter(jitter, jitter, jitter),
+        v2.ColorJitter(brightness=jitter),
+        v2.ColorJitter(contrast=jitter),
+        v2.ColorJitter(saturation=jitter),
     ])
 
 
@@ -919,8 +950,8 @@ def merge_augmented(voc: Pathlike, sbd: Pathlike, expected: int = 10582) -> None
     train_aug = (SBD train + SBD val + VOC train) - VOC val. Raises DataError, with nothing written, unless
     that is `expected` ids and every mask is there."""
     voc, sbd, loadmat = Path(voc), Path(sbd), _loadmat()
-    val = read_list(voc, "val")
-    ids = {*read_list(sbd, "train", ""), *read_list(sbd, "val", ""), *read_list(voc, "train")} - set(val)
+    train, val = (read_list(voc, split) for split in ("train", "val"))
+    ids = {*read_ids(sbd / "train.txt"), *read_ids(sbd / "val.txt"), *train} - set(val)
     if len(ids) != expected:
         raise DataError(f"{sbd}: {len(ids)} ids for train_aug, not {expected}; remove and download it again")
     sources = {name: voc / "SegmentationClass" / f"{name}.png" for name in sorted(ids.union(val))}

@@ -38,7 +38,7 @@ import models
 MOST_YAML = 50_000  # characters
 Some = TypeVar("Some", bound=models.Network)
 LEAST = {"run.seed": 0, "run.workers": 0, "run.log_every": 1, "run.save_every": 1, "iterations": 1, "batch": 1,
-         "crop": 9, "width": 0.01, "jitter": 0, "lr": 0, "new_lr": 0, "momentum": 0, "decay": 0, "poly": 0,
+         "crop": 9, "width": 0.01, "jitter": 0, "lr": 0, "new_lr": 0, "momentum": 0, "decay": 0, "poly": 0, "warmup": 0,
          "train_cls.grid": 1, "train_cls.bins": 1, "make_labels.crf_iterations": 1, "make_labels.pictures": 0,
          "eval.crf_iterations": 1, "eval.crf_margin": 0, "eval.panels": 0}
 POSITIVE = {"train_cls.scale": 2, "train_seg.scale": 2, "make_labels.crf_bilateral": 3, "make_labels.crf_gaussian": 2,
@@ -87,8 +87,10 @@ class Training:
     lr: float = 1e-3
     new_lr: float = 10.0  # factor on lr of parameters that do not start from pretrained ones
     double_bias: bool = True  # biases at twice the rate, without decay, as in Caffe
-    momentum: float = 0.9
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # the paper's, or one that learns faster in few iterations
+    momentum: float = 0.9  # of sgd
     decay: float = 5e-4
+    warmup: int = 0  # iterations over which lr rises to its value: adamw needs some
     poly: float = 0.9  # lr x (1 - iteration / iterations) ^ poly
     drop_at: int = 0  # instead of poly: lr x 0.1 from this iteration on; 0: poly
     balance: bool = False  # draw images so that rare classes come as often as frequent ones
@@ -521,10 +523,13 @@ def overlap(workers: int, function: Callable, tasks: Iterable[tuple]) -> Iterato
 # ---------------------------------------------------------------- scores
 
 
-def true_masks(config: SimpleNamespace) -> Path | None:
-    """The folder of true masks, or None where there is none."""
+def true_masks(config: SimpleNamespace, split: str) -> Path | None:
+    """The folder of true masks, or None where no image of the list has one."""
     folder = Path(config.data.root, config.data.truth).resolve()
-    return folder if config.data.truth and folder.is_dir() else None
+    if not config.data.truth or not folder.is_dir():
+        return None
+    ids = datasets.find_images(config.data.root, split, config.data.images)
+    return folder if any((folder / f"{name}.png").is_file() for name in ids) else None
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -543,30 +548,24 @@ def confusion(truth: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndar
     return np.bincount(pairs, minlength=num_labels * (num_labels + 1)).reshape(num_labels, num_labels + 1)
 
 
-def score_folders(config: SimpleNamespace, split: str, folders: dict[str, Path],
-                  whole_boxes: Callable | None = None) -> dict[str, dict]:
-    """Scores of label images against the truth over a list: {name: folder of ID.png} -> {name: scores}.
-
-    whole_boxes(boxes, labels, size) -> (H, W) uint8, if given, is scored too, as `box`.
+def score_folders(config: SimpleNamespace, split: str, folders: dict[str, Path]) -> dict[str, dict]:
+    """Scores of label images against the truth over those images of a list that have a true mask:
+    {name: folder of ID.png} -> {name: scores, and the number of these images}.
     """
-    names = ["background", *config.data.classes]
-    dataset = open_data(config, split, boxes=whole_boxes is not None,
-                        masks=[true_masks(config), *(folder.resolve() for folder in folders.values())])
-    scored = [*folders, "box"] if whole_boxes else folders
-    matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in scored}
+    names, truth = ["background", *config.data.classes], true_masks(config, split)
+    dataset = open_data(config, split, boxes=False, scored=truth,
+                        masks=[truth, *(folder.resolve() for folder in folders.values())])
+    matrices = {name: np.zeros((len(names), len(names) + 1), np.int64) for name in folders}
     for sample in bar(read(config, Subset(dataset, share(len(dataset)))), f"scores {split}"):
         truth, *given = sample["masks"].numpy()
         for name, labels in zip(folders, given):
             matrices[name] += confusion(truth, labels, len(names))
-        if whole_boxes:
-            boxes = whole_boxes(sample["boxes"], sample["labels"], truth.shape)
-            matrices["box"] += confusion(truth, boxes, len(names))
     if dist.is_initialized():
         for name, matrix in matrices.items():
             total = torch.from_numpy(matrix).to(config.device)
             dist.all_reduce(total)
             matrices[name] = total.cpu().numpy()
-    return {name: scores(matrix, names, config) for name, matrix in matrices.items()}
+    return {name: {"images": len(dataset), **scores(matrix, names, config)} for name, matrix in matrices.items()}
 
 
 def scores(matrix: np.ndarray, names: list[str], config: SimpleNamespace) -> dict:
@@ -610,14 +609,22 @@ def show(title: str, columns: dict[str, dict]) -> None:
 
 def rate(settings: Training, iteration: int) -> float:
     """Factor on the learning rate at an iteration."""
+    rise = min((iteration + 1) / (settings.warmup + 1), 1)
     if settings.drop_at:
-        return 0.1 if iteration >= settings.drop_at else 1.0
-    return (1 - iteration / settings.iterations) ** settings.poly
+        return rise * (0.1 if iteration >= settings.drop_at else 1.0)
+    return rise * (1 - iteration / settings.iterations) ** settings.poly
+
+
+def build_optimizer(network: models.Network, s: Training) -> torch.optim.Optimizer:
+    groups = network.parameter_groups(s.lr, s.decay, s.new_lr, s.double_bias)
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=s.lr)
+    return torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum)
 
 
 def train(config: SimpleNamespace, script: str, settings: Training, network: models.Network,
           dataset: datasets.VOCDataset, losses: Callable, **inputs: object) -> None:
-    """Train `network` with SGD and write its checkpoint (cls.pt or seg.pt).
+    """Train `network` and write its checkpoint (cls.pt or seg.pt).
 
     losses(network, batch) -> dict of scalars over the whole batch, of which each rank holds a part (see `group`),
     among them `loss`, which is minimised. Every save_every iterations
@@ -639,9 +646,7 @@ def train(config: SimpleNamespace, script: str, settings: Training, network: mod
     if not network.freeze_norm and processes() > 1 and config.device.type == "cuda":  # there is none for a CPU
         network = synchronised(network, settings.backbone)
     network = network.train().to(config.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        network.parameter_groups(settings.lr, settings.decay, settings.new_lr, settings.double_bias),
-        lr=settings.lr, momentum=settings.momentum)
+    optimizer = build_optimizer(network, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(settings, i))
     parts: dict = dict(model=network, optimizer=optimizer, schedule=schedule)
     if rank():

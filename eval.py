@@ -84,7 +84,7 @@ def predict(network: models.DeepLab, image: torch.Tensor, scales: list[float], f
         scaled = image[None].float() / 255
         if scale != 1:
             scaled = F.interpolate(scaled, [max(1, round(scale * side)) for side in size], mode="bilinear",
-                                   align_corners=False, antialias=True)
+                                   align_corners=False)
         if flip:
             scaled = torch.cat((scaled, scaled.flip(3)))
         cosine = network(scaled.contiguous(memory_format=torch.channels_last))
@@ -156,20 +156,20 @@ def summary(config: SimpleNamespace, split: str, results: dict[str, dict]) -> No
 
 def score(config: SimpleNamespace, split: str, folder: str) -> None:
     """A folder of label images against the truth: `labels=FOLDER`."""
-    if not engine.true_masks(config):
+    if not engine.true_masks(config, split):
         raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
     engine.show(f"{folder} on {split}", engine.score_folders(config, split, {"labels": Path(folder)}))
 
 
-def report(config: SimpleNamespace, split: str, count: int, result: dict) -> None:
+def report(config: SimpleNamespace, split: str, result: dict) -> None:
     """The segmenter's scores to eval.json, and on screen."""
     path = config.path / "eval.json"
     results = engine.read_json(path)
-    result = dict(split=split, images=count, method=method(config.eval), seed=config.run.seed, **result)
+    result = dict(split=split, method=method(config.eval), seed=config.run.seed, **result)
     results[f"{split}, {result['method']}"] = result
     engine.write_json(path, results)
     engine.log(config, stage="eval", split=split, method=result["method"], miou=result["miou"])
-    engine.show(f"segmenter on {split}, {count} images, {result['method']}", {"IoU": result})
+    engine.show(f"segmenter on {split}, {result['images']} images, {result['method']}", {"IoU": result})
     summary(config, split, results)
 
 
@@ -180,11 +180,10 @@ def main(config: SimpleNamespace) -> None:
         raise engine.UsageError("eval.split: no list to work on; set data.val, eval.split or eval.images")
     if s.labels:
         return score(config, split, s.labels)
-    truth = None if s.submit or s.images else engine.true_masks(config)
+    truth = None if s.submit or s.images else engine.true_masks(config, split)
     network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
     network = engine.load_network(config, "seg.pt", network, config.train_seg)
-    dataset = Pictures(s.images) if s.images else engine.open_data(
-        config, split, boxes=False, masks=[truth] if truth else ())
+    dataset = Pictures(s.images) if s.images else engine.open_data(config, split, boxes=False)
     folder = prediction_folder(config)
     without = {"split", "labels", "images", "submit", "panels", "photos"}
     without |= {key for key in asdict(s) if key.startswith("crf_") and not s.crf}
@@ -200,7 +199,7 @@ def main(config: SimpleNamespace) -> None:
     if s.submit:
         return write_submission(config, dataset.ids, folder)
     if result:
-        report(config, split, len(dataset), result)
+        report(config, split, result)
     else:
         print(f"{folder}: labels of {len(dataset)} images; no true masks to score them with")
     pictures.draw(config, split, dataset.paths, folder)

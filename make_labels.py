@@ -2,9 +2,10 @@
 
     python make_labels.py [CONFIG.yaml] [key=value ...]
 
-Reads data.root and runs/NAME/cls.pt; writes runs/NAME/labels/Ycrf/ID.png and Yret/ID.png for the lists data.train
-and data.val, and scores.json where data.truth holds true masks; for a few images u0/ID.png and cam/ID.png, the highest
-u_c of each pixel, before the CRF. Images that have their labels already are skipped.
+Reads data.root and runs/NAME/cls.pt; writes runs/NAME/labels/Ycrf/ID.png, Yret/ID.png and box/ID.png (whole boxes as
+labels, the baseline) for the lists data.train and data.val, and scores.json, over the images that have a true mask;
+for a few images u0/ID.png and cam/ID.png, the highest u_c of each pixel, before the CRF. Images that have their labels
+already are skipped.
 """
 import math
 from collections.abc import Sequence
@@ -24,16 +25,17 @@ import engine
 import models
 from crf import dense_crf
 
+KINDS = "box", "Ycrf", "Yret"  # of labels, each a folder
+
 
 @dataclass
 class Settings:
     """Section `make_labels` of the YAML file."""
     splits: list[str] = field(default_factory=list)  # lists to label; none: data.train and data.val
     u0: bool = True  # background attention as the background's unary; false: its own activation map
-    threshold: float = 0.99  # u0, or what stands in for it, becomes 0 below this share of its maximum inside the boxes
+    threshold: float = 0.99  # u0, or what stands in for it, becomes 0 below this share of its maximum anywhere
     cam_norm: Literal["box", "class"] = "box"  # an activation map is divided by its maximum in each box, or in all
     softmax: bool = True  # over {u0, u_c} before the CRF; false: divided by their sum
-    own_boxes: bool = False  # Yret gives a class inside that class's boxes only, as Ycrf does; false: inside any box
     crf_bilateral: list[float] = field(default_factory=lambda: [4.0, 55.0, 3.0])  # weight, pixels, colour
     crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
     crf_iterations: int = 10
@@ -55,21 +57,22 @@ def regions(boxes: Tensor, labels: Tensor, classes: list[int], size: Sequence[in
 
 
 def background_attention(up: models.Upsampled, weight: Tensor, outside: Tensor, s: Settings) -> Tensor:
-    """u0 (H, W) in [0, 1]: 1 outside boxes; inside them ReLU(cos(f(p), q)), q the mean feature outside.
+    """A (H, W) in [0, 1]: ReLU(cos(f(p), q)), q the mean feature outside boxes; not yet set to 1 there.
 
     Without u0, or where no pixel is outside: the activation map ReLU(f . w_0), divided by its maximum.
     """
     if s.u0 and outside.any():
-        attention = F.relu(up.cosine(up.mean(outside[None])))[0]
-    else:
-        attention = F.relu(up.dot(weight[:1]))[0]
-        attention = attention / attention.max().clamp(min=1e-12)
-    return attention.masked_fill(outside, 1).clamp(max=1)
+        return F.relu(up.cosine(up.mean(outside[None])))[0].clamp(max=1)
+    cam = F.relu(up.dot(weight[:1]))[0]
+    return cam / cam.max().clamp(min=1e-12)
 
 
 def activation_maps(up: models.Upsampled, weight: Tensor, boxes: Tensor, labels: Tensor, classes: list[int],
                     s: Settings) -> Tensor:
-    """u_c (len(classes), H, W) in [0, 1]: ReLU(f . w_c) over its maximum inside the class's boxes, 0 outside."""
+    """u_c (len(classes), H, W) in [0, 1]: ReLU(f . w_c) over its maximum in the box, 0 outside the class's boxes.
+
+    Where two boxes of a class overlap, the later one's values stand. cam_norm=class: over the maximum in all of them.
+    """
     cams = F.relu(up.dot(weight[classes]))
     result = torch.zeros_like(cams)
     if s.cam_norm == "class":
@@ -77,16 +80,17 @@ def activation_maps(up: models.Upsampled, weight: Tensor, boxes: Tensor, labels:
         return result / result.amax((1, 2), keepdim=True).clamp(min=1e-12)
     for box, label in zip(boxes.tolist(), labels.tolist()):
         where = (classes.index(label), *region(box))
-        result[where] = result[where].maximum(cams[where] / cams[where].max().clamp(min=1e-12))
+        result[where] = cams[where] / cams[where].max().clamp(min=1e-12)
     return result
 
 
 def unaries(attention: Tensor, maps: Tensor, outside: Tensor, s: Settings) -> Tensor:
-    """{u0, u_c} -> probabilities (1 + classes, H, W) for the CRF; background for sure outside the boxes."""
-    if s.threshold:
-        inside = attention.masked_fill(outside, 0)
-        attention = attention.where(outside | (inside >= s.threshold * inside.max()), 0)
-    u = torch.cat((attention[None], maps))
+    """{u0, u_c} -> probabilities (1 + classes, H, W) for the CRF; background for sure outside the boxes.
+
+    u0 is A, and 0 where A is below the threshold, a share of its maximum over the whole image.
+    """
+    u0 = attention.where(attention >= s.threshold * attention.max(), 0)
+    u = torch.cat((u0[None], maps))
     u = u.softmax(0) if s.softmax else (u + 1e-6) / (u + 1e-6).sum(0)
     sure = torch.zeros_like(u)
     sure[0] = 1
@@ -95,7 +99,8 @@ def unaries(attention: Tensor, maps: Tensor, outside: Tensor, s: Settings) -> Te
 
 def retrieve(up: models.Upsampled, weight: Tensor, y_crf: Tensor, classes: list[int], allowed: Tensor) -> Tensor:
     """Yret (H, W): argmax_c of ReLU(cos(f(p), q_c)), q_c the mean feature of what Ycrf labels c, among the labels
-    that are allowed at p: (1 + classes, H, W) bool. A class that Ycrf lacks has its row of the classifier as q_c.
+    that are allowed at p: (1 + classes, H, W) bool, background and the classes whose boxes hold p. A class that Ycrf
+    lacks has its row of the classifier as q_c.
     """
     labels = torch.tensor([0, *classes], device=y_crf.device)
     masks = y_crf == labels[:, None, None]
@@ -130,20 +135,19 @@ def prepare(config: SimpleNamespace, network: models.BoxClassifier, sample: dict
     probabilities = unaries(attention, maps, outside, s)
     crf = (image.permute(1, 2, 0).numpy(), probabilities.cpu().numpy(),
            tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations)
-    return (sample["id"], up, outside, boxes, labels, classes, (attention, maps)), crf
+    return (sample["id"], up, outside, boxes, labels, classes, (attention.masked_fill(outside, 1), maps)), crf
 
 
 @torch.inference_mode()
 def finish(s: Settings, network: models.BoxClassifier, prepared: tuple,
            marginals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """-> Ycrf and Yret (H, W), uint8: background outside boxes, and of Ycrf a class inside its own boxes only."""
+    """-> Ycrf and Yret (H, W), uint8: a class inside its own boxes only, so background outside all of them."""
     _, up, outside, boxes, labels, classes, _ = prepared
     own = regions(boxes, labels, classes, outside.shape)
     best = torch.from_numpy(marginals)
     best[1:] *= own
     y_crf = torch.tensor([0, *classes])[best.max(0).indices].to(outside.device)  # argmax is the slower one
-    allowed = own.to(outside.device) if s.own_boxes else ~outside.expand(own.shape)
-    allowed = torch.cat((torch.ones_like(outside)[None], allowed))
+    allowed = torch.cat((torch.ones_like(outside)[None], own.to(outside.device)))
     y_ret = retrieve(up, network.classifier.weight.float(), y_crf, classes, allowed)
     return y_crf.byte().cpu().numpy(), y_ret.byte().cpu().numpy()
 
@@ -160,7 +164,7 @@ def label_split(config, network, split, dataset):
     pictures = set(engine.spread(dataset.ids, s.pictures))
 
     def files(name):
-        kinds = ("Ycrf", "Yret", "u0", "cam") if name in pictures else ("Ycrf", "Yret")
+        kinds = (*KINDS, "u0", "cam") if name in pictures else KINDS
         return [folder / kind / f"{name}.png" for kind in kinds]
 
     mine = engine.share(len(dataset))
@@ -169,12 +173,13 @@ def label_split(config, network, split, dataset):
     bar = engine.bar(loader, f"make_labels {split}", initial=len(mine) - len(left), total=len(mine))
     tasks = (prepare(config, network, sample) for sample in bar)
     for prepared, marginals in engine.overlap(config.run.workers, dense_crf, tasks):
-        labels = finish(s, network, prepared, marginals)
-        paths = files(prepared[0])
-        for path, y in zip(paths, labels):
+        name, _, outside, boxes, labels, _, maps = prepared
+        y_crf, y_ret = finish(s, network, prepared, marginals)
+        paths = files(name)
+        for path, y in zip(paths, (box_labels(boxes, labels, outside.shape), y_crf, y_ret)):
             datasets.write_mask(path, y)
-        if prepared[0] in pictures:
-            for path, grey in zip(paths[2:], heat(*prepared[-1])):
+        if name in pictures:
+            for path, grey in zip(paths[len(KINDS):], heat(*maps)):
                 datasets.write(path, datasets.png(Image.fromarray(grey)))
 
 
@@ -182,23 +187,24 @@ def main(config: SimpleNamespace) -> None:
     s, folder = config.make_labels, config.path / "labels"
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
     network = engine.load_network(config, "cls.pt", network, config.train_cls)
-    path, truth = folder / "scores.json", engine.true_masks(config)
+    path = folder / "scores.json"
     splits = s.splits or filter(None, (config.data.train, config.data.val))
-    data = {split: engine.open_data(config, split, masks=[truth] if truth else ())
-            for split in splits}  # all: a fault ends it before the work
+    data = {split: engine.open_data(config, split) for split in splits}  # all: a fault ends it before the work
     engine.claim(config, folder, engine.made_with(config, "make_labels", without=("splits", "pictures")),
                  config.path / "cls.pt")
     for split, dataset in data.items():
         label_split(config, network, split, dataset)
         engine.wait()
-        if not truth:
+        if not engine.true_masks(config, split):
+            print(f"{folder}: labels of {split}, {len(dataset)} images, of which none has a true mask")
             continue
-        result = engine.score_folders(config, split, {k: folder / k for k in ("Ycrf", "Yret")}, box_labels)
+        result = engine.score_folders(config, split, {kind: folder / kind for kind in KINDS})
         if engine.rank():
             continue
-        engine.write_json(path, engine.read_json(path) | {split: {"images": len(dataset), **result}})
-        engine.show(f"labels of {split}, {len(dataset)} images", {k: result[k] for k in ("box", "Ycrf", "Yret")})
-        engine.log(config, stage="make_labels", split=split, **{k: result[k]["miou"] for k in ("box", "Ycrf", "Yret")})
+        count = result["Ycrf"]["images"]
+        engine.write_json(path, engine.read_json(path) | {split: {"images": count, **result}})
+        engine.show(f"labels of {split}, {count} images with a true mask of {len(dataset)}", result)
+        engine.log(config, stage="make_labels", split=split, **{kind: result[kind]["miou"] for kind in KINDS})
 
 
 if __name__ == "__main__":

@@ -93,12 +93,12 @@ def panel(config: SimpleNamespace, name: str, path: Path, boxes: tuple | None, p
 
     y_crf, y_ret = (read(folder / kind / f"{name}.png") for kind in ("Ycrf", "Yret"))
     differ = None if y_crf is None or y_ret is None else Image.fromarray((y_crf != y_ret) * np.uint8(255))
-    truth = engine.true_masks(config)
+    truth = Path(config.data.root, config.data.truth, f"{name}.png")
     return {
         "boxes": outlined(image, *boxes) if boxes else Image.fromarray(image),
         "attention u0": heated("u0"), "CAM u_c": heated("cam"),
         "Ycrf": coloured(y_crf), "Yret": coloured(y_ret), "Ycrf != Yret": differ,
-        "truth": coloured(read(truth / f"{name}.png")) if truth else None,
+        "truth": coloured(read(truth)) if config.data.truth else None,
         "prediction": coloured(read(predictions / f"{name}.png")),
     }
 

@@ -40,7 +40,7 @@ LOSS = {"cross-entropy on Ycrf": ["loss=crf"], "cross-entropy on Yret": ["loss=r
 NAL = {"as set": LOSS["NAL"], "gamma 1": ["loss=nal", "gamma=1"], "lambda 0.01": ["loss=nal", "weight=0.01"],
        "lambda 1": ["loss=nal", "weight=1"]}
 START = {"as set": LOSS["NAL"], "from stage 1": ["loss=nal", "weights=stage1"]}
-IMPROVED = "threshold=0.9", "own_boxes=true"
+IMPROVED = ("threshold=0.9",)
 
 
 def script(stage, arguments, name, *more):

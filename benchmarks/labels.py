@@ -29,7 +29,6 @@ ROWS = {
     "u0 off": dict(u0=False), "u0 off, threshold 0.9": dict(u0=False, threshold=0.9),
     "u0 off, threshold 0": dict(u0=False, threshold=0.0),
     "cam_norm class": dict(cam_norm="class"), "softmax off": dict(softmax=False),
-    "own boxes": dict(own_boxes=True), "threshold 0.9, own boxes": dict(threshold=0.9, own_boxes=True),
     "the equations: class, softmax off, threshold 0": dict(cam_norm="class", softmax=False, threshold=0.0),
 }
 
@@ -38,8 +37,8 @@ def scores(config, split, rows):
     """Of labels of up to IMAGES images of a list, made with each of `rows`: {(row, kind): scores}."""
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
     network = engine.load_network(config, "cls.pt", network, config.train_cls)
-    names, truth = ["background", *config.data.classes], engine.true_masks(config)
-    data = engine.open_data(config, split, masks=[truth])
+    names, truth = ["background", *config.data.classes], engine.true_masks(config, split)
+    data = engine.open_data(config, split, scored=truth, masks=[truth])
     chosen = Subset(data, engine.spread(range(len(data)), IMAGES))
     matrices = {(row, kind): np.zeros((len(names), len(names) + 1), np.int64)
                 for row in rows for kind in ("Ycrf", "Yret")}

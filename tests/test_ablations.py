@@ -69,11 +69,11 @@ def test_labels_are_scored_for_every_cell_seed_list_and_kind(ablations, capsys, 
 def check_improved(ablations):
     lines = run(ablations, "improved")
     assert [(r["row"], r["seed"]) for r in lines] == [
-        (row, seed) for seed in (0, 1) for row in ("as set", "threshold=0.9, own_boxes=true")]
+        (row, seed) for seed in (0, 1) for row in ("as set", "threshold=0.9")]
     folder = Path("runs/shapes_improved_lossnal_1")
     assert (folder / "labels").resolve() == Path("runs/shapes_improved/labels").resolve()
     made = json.loads((folder / "labels/made_with.json").read_text())["settings"]
-    assert made["make_labels.threshold"] == 0.9 and made["make_labels.own_boxes"]
+    assert made["make_labels.threshold"] == 0.9
     assert lines[-1]["miou"] == json.loads((folder / "eval.json").read_text())["val, plain"]["miou"]
 
 

@@ -142,6 +142,21 @@ def test_a_list_may_come_from_windows(small):
     assert datasets.read_list(small, "train") == ["a", "c"]
 
 
+def test_a_list_is_named_by_its_path_and_a_bare_name_is_segmentations_then_mains(small):
+    sets = small / "ImageSets"
+    (sets / "Main").mkdir()
+    (sets / "Main/train.txt").write_text("c\na\n")
+    (sets / "Main/own.txt").write_text("c\n")
+    assert datasets.read_list(small, "train") == datasets.read_list(small, "Segmentation/train") == ["a", "b", "c"]
+    assert datasets.read_list(small, "Main/train") == ["c", "a"]
+    assert datasets.read_list(small, "own") == ["c"]
+    for name in ("", "../own", "/own", "Main/../own"):
+        with pytest.raises(DataError, match="not the name of a list"):
+            datasets.read_list(small, name)
+    with pytest.raises(DataError, match="Segmentation/none.txt: no such list"):
+        datasets.read_list(small, "none")
+
+
 # ------------------------------------------------------------------------------------------- refusing
 
 def text(path, content):
@@ -340,6 +355,13 @@ def test_padding_has_the_fill_colour_and_is_never_background():
     assert torch.equal(sample["background"][0] == 255, padding)
     assert (sample["image"][:, padding] == torch.tensor(FILL)[:, None]).all()
     assert not collate([sample])["background"][0, 0][padding].any()
+
+
+def test_an_image_smaller_than_the_crop_lies_in_its_middle():
+    transform = training_transform(150, FILL, scale=(0.5, 0.5), jitter=0)  # 90 x 120 becomes 45 x 60
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert extent(transform(painted())["masks"][0] != 255).tolist() == [45, 52, 105, 97]
 
 
 def test_the_scale_covers_its_range_and_reaches_the_boxes():

@@ -44,7 +44,7 @@ def test_every_file_is_there(work):
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     names = {name for name in names if not name.startswith("tensorboard/")}  # there if it is installed
     ids = {split: datasets.read_list(work / "data" / "shapes", split) for split in ("train", "val")}
-    labels = {f"labels/{kind}/{name}.png" for kind in ("Ycrf", "Yret", "u0", "cam")
+    labels = {f"labels/{kind}/{name}.png" for kind in ("box", "Ycrf", "Yret", "u0", "cam")
               for name in ids["train"] + ids["val"]}
     predictions = {f"predictions/plain/{name}.png" for name in ids["val"]}
     others = {"cls.pt", "labels/made_with.json", "labels/scores.json", "seg.pt", "predictions/plain/made_with.json",
@@ -160,6 +160,27 @@ def test_an_archive_for_the_server(work):
     assert content == (work / f"runs/shapes/predictions/plain/{names[0]}.png").read_bytes()
 
 
+def test_a_list_is_scored_on_the_images_that_have_a_mask(work, tmp_path):
+    """It is labelled whole; the scores are those of the same images in a list of their own, and say how many."""
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
+    root = tmp_path / "data/shapes"
+    names = datasets.read_list(root, "val")
+    (root / "ImageSets/Main").mkdir()
+    (root / "ImageSets/Main/whole.txt").write_text("\n".join(names))
+    (root / "ImageSets/Segmentation/masked.txt").write_text("\n".join(names[1:]))
+    (root / f"SegmentationClassAug/{names[0]}.png").unlink()
+    for split in ("Main/whole", "whole", "masked"):
+        done = command("make_labels", f"make_labels.splits=[{split}]", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert command("eval", f"eval.split={split}", cwd=tmp_path).returncode == 0
+    labels = json.loads((tmp_path / "runs/shapes/labels/scores.json").read_text())
+    assert labels["Main/whole"] == labels["whole"] == labels["masked"]
+    assert labels["whole"]["images"] == len(names) - 1
+    assert f"labels of masked, {len(names) - 1} images" in done.stdout
+    segmenter = json.loads((tmp_path / "runs/shapes/eval.json").read_text())
+    assert segmenter["Main/whole, plain"]["iou"] == segmenter["masked, plain"]["iou"]
+
+
 def test_same_seed_same_weights(work, tmp_path):
     shutil.copytree(work / "data", tmp_path / "data")
     assert command("train_cls", cwd=tmp_path).returncode == 0
@@ -200,7 +221,6 @@ MASK = "data/shapes/SegmentationClassAug/{}.png"
     ("train_cls", IMAGE, b"\xff\xd8broken", ""),
     ("train_cls", XML, None, "no such annotation"),
     ("train_cls", XML, b"<annotation><object>", ""),
-    ("make_labels", MASK, None, "no such mask"),
     ("make_labels", MASK, b"\x89PNG broken", ""),
     ("eval", MASK, b"\x89PNG broken", ""),
     ("train_seg", "runs/shapes/labels/Yret/{}.png", None, "no such mask"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_labels import HEIGHT, WIDTH, literal_maps, literal_u0, scene
+from test_labels import HEIGHT, WIDTH, literal_attention, literal_maps, scene
 
 import datasets
 import engine
@@ -90,7 +90,8 @@ def test_what_is_kept_of_attention_and_activation(boxes, labels):
     sample = {"id": "x", "image": torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8), "boxes": boxes, "labels": labels,
               "background": outside[None].byte()}
     prepared, _ = make_labels.prepare(config, network, sample)
-    u0, maps = literal_u0(dense, weight, outside, True), literal_maps(dense, weight, boxes, labels, True)
+    u0 = literal_attention(dense, weight, outside, True).masked_fill(outside, 1)
+    maps = literal_maps(dense, weight, boxes, labels, True)
     pictures_of = make_labels.heat(*prepared[-1])
     for found, expected in zip(pictures_of, (u0, maps.amax(0) if len(maps) else torch.zeros(HEIGHT, WIDTH))):
         assert found.dtype == np.uint8
@@ -102,7 +103,7 @@ def test_kept_pictures_are_made_again_where_one_is_missing(folder, monkeypatch):
     command(monkeypatch, make_labels.main)
     files = {path.relative_to(labels): path.read_bytes() for path in labels.rglob("*.png")}
     ids = {split: datasets.read_list("data/shapes", split) for split in ("train", "val")}
-    assert {str(path) for path in files} == {f"{kind}/{name}.png" for kind in ("Ycrf", "Yret") for name in sum(
+    assert {str(path) for path in files} == {f"{kind}/{name}.png" for kind in ("box", "Ycrf", "Yret") for name in sum(
         ids.values(), [])} | {f"{kind}/{names[0]}.png" for kind in ("u0", "cam") for names in ids.values()}
     cam = Image.open(labels / "cam" / f"{ids['val'][0]}.png")
     assert cam.mode == "L" and cam.size == Image.open(f"data/shapes/JPEGImages/{ids['val'][0]}.jpg").size

@@ -1,4 +1,4 @@
-"""Your own data: COCO's and YOLO's boxes, any folder of images, the check, and the README's walk through all of it."""
+"""Your own data: COCO's and YOLO's boxes, any folder of images, the check, and the walk through all of it in docs/own_data.md."""
 import json
 import os
 import re
@@ -430,7 +430,7 @@ def test_every_line_of_the_settings_file_is_explained():
 
 
 def readme_commands():
-    section = (ROOT / "README.md").read_text().split("## Your own data\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs/own_data.md").read_text()
     return [line for block in re.findall(r"```\n(.*?)```", section, re.S) for line in block.splitlines()
             if line.split()[0] in ("python", "cp")]
 
@@ -479,7 +479,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
 
 
 def paste(path, section):
-    """The section `data` in place of the file's, as the README asks for."""
+    """The section `data` in place of the file's, as docs/own_data.md asks for."""
     text = path.read_text()
     start, end = text.index("data:"), text.index("train_cls:")
     path.write_text(text[:start] + section.strip() + "\n" + text[end:])

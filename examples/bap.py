@@ -1,0 +1,28 @@
+"""BAP in a training loop of your own, beside a copy of models.py: each box's features are to be its class, the
+background's queries class 0. VOCdevkit lies in `data`; a step takes one image.
+
+VOC's xmin and ymin count from 1; datasets.py takes 1 off, which is left out here.
+"""
+import torch
+from torch.nn import functional as F
+from torchvision.datasets import VOCDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.segmentation import fcn_resnet50
+from torchvision.transforms import v2
+
+from models import BAP
+
+prepare = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                      v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+resnet = fcn_resnet50(weights_backbone="IMAGENET1K_V1").backbone.eval()  # batch normalisation stays as it is
+pooling, classifier = BAP(), torch.nn.Linear(2048, 21, bias=False)
+optimizer = torch.optim.SGD([*resnet.parameters(), *classifier.parameters()], lr=1e-3)
+
+for image, target in wrap_dataset_for_transforms_v2(VOCDetection("data", transforms=prepare)):
+    pooled = pooling(resnet(image[None])["out"], [target["boxes"].float()], image.shape[1:])
+    features = torch.cat((pooled.foreground.flatten(0, 1), pooled.queries))
+    labels = F.pad(target["labels"].repeat_interleave(4), (0, len(pooled.queries)))  # a box has 2 x 2 features
+    loss = F.cross_entropy(classifier(features), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(loss.item())

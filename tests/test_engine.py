@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import engine
+import models
 
 
 def settings(*arguments, script="train_cls"):
@@ -135,6 +136,27 @@ def test_learning_rate():
     assert engine.rate(s, 0) == 1 and engine.rate(s, 50) == pytest.approx(0.5 ** 0.9)
     s.drop_at = 60
     assert (engine.rate(s, 59), engine.rate(s, 60)) == (1, pytest.approx(0.1))
+
+
+def test_learning_rate_rises_in_the_warm_up():
+    s = engine.Training(iterations=100, warmup=4, poly=1.0)
+    rises = [engine.rate(s, i) / (1 - i / 100) for i in range(7)]
+    assert rises == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
+    s = engine.Training(iterations=100, warmup=4, drop_at=60)
+    assert [engine.rate(s, i) for i in (0, 59, 60)] == pytest.approx([0.2, 1, 0.1])
+
+
+@pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizer(name, kind):
+    """Both learn in the groups of the network, with the decay that is set; biases have none."""
+    network = models.BoxClassifier(2, "vgg16", width=0.0625)
+    s = engine.Training(optimizer=name, lr=0.1, decay=0.3, new_lr=4, momentum=0.7)
+    optimizer = engine.build_optimizer(network, s)
+    assert type(optimizer) is kind
+    assert optimizer.defaults.get("momentum", 0.7) == 0.7
+    found = {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert sorted(found) == [(pytest.approx(0.4), 0.3), (pytest.approx(0.8), 0.0)]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
 
 
 def test_spread():

@@ -524,7 +524,7 @@ class VOCDataset(torch.utils.data.Dataset):
         self.mask_folders = [self.root / folder for folder in masks]
         _check_files("image", list(self.paths.values()))
         self.truth, self.exact = truth, set(exact)
-        for paths in zip(*map(self._masks, self.ids)):
+        for paths in zip(*map(self.mask_paths, self.ids)):
             _check_files("mask", paths)
         self.annotations, self._sizes = ({}, {}) if boxes else (None, {})
         if boxes:
@@ -532,7 +532,8 @@ class VOCDataset(torch.utils.data.Dataset):
             for name, path in self.paths.items():
                 *self.annotations[name], self._sizes[name] = read(name, path)
 
-    def _masks(self, name):
+    def mask_paths(self, name: str) -> list[Path]:
+        """The files of an image's masks, one in each folder."""
         folders = [self.root / self.truth] * len(self.mask_folders) if name in self.exact else self.mask_folders
         return [folder / f"{name}.png" for folder in folders]
 
@@ -551,7 +552,7 @@ class VOCDataset(torch.utils.data.Dataset):
             sample["labels"] = labels.clone()
             sample["background"] = tv_tensors.Mask(_outside(boxes, size))
         if self.mask_folders:
-            paths = self._masks(name)
+            paths = self.mask_paths(name)
             masks = [read_mask(path, len(self.classes) + 1) for path in paths]
             for path, mask in zip(paths, masks):
                 _check_size(path, mask.shape, size, "the image")

@@ -354,9 +354,14 @@ def save(path: Path, content: dict) -> None:
     datasets.write(path, buffer.getbuffer())
 
 
-def digest(path: Path) -> str | None:
-    """What tells one file's content from another's; None where there is no file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
+def digest(*paths: Path) -> str | None:
+    """What tells the content of files from another; None where the first is no file."""
+    if not paths or not paths[0].is_file():
+        return None
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:12]
 
 
 def made_with(config: SimpleNamespace, section: str, *others: str, without: Collection[str] = ()) -> dict:

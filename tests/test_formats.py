@@ -1,4 +1,5 @@
-"""Your own data: COCO's and YOLO's boxes, any folder of images, the check, and the walk through all of it in docs/own_data.md."""
+"""Your own data: COCO's and YOLO's boxes, any folder of images, the check,
+and the walk through all of it in docs/own_data.md."""
 import json
 import os
 import re
@@ -430,7 +431,7 @@ def test_every_line_of_the_settings_file_is_explained():
 
 
 def readme_commands():
-    section = (ROOT / "docs/own_data.md").read_text()
+    section = (ROOT / "docs/own_data.md").read_text().split("## Labels from elsewhere")[0]
     return [line for block in re.findall(r"```\n(.*?)```", section, re.S) for line in block.splitlines()
             if line.split()[0] in ("python", "cp")]
 

@@ -67,6 +67,9 @@ def work(tmp_path_factory):
     (folder / "data/VOCdevkit").mkdir()
     (folder / "data/VOCdevkit/VOC2007").symlink_to(devkit)
     (folder / "data/VOCdevkit/VOC2012").symlink_to(devkit)
+    (folder / "released").mkdir()
+    for kind in ("Ycrf", "Yret"):
+        (folder / "released" / kind).symlink_to(devkit / "SegmentationClassAug")
     (folder / "photos").mkdir()
     for path in sorted((devkit / "JPEGImages").iterdir())[:2]:
         shutil.copy(path, folder / "photos")

@@ -14,10 +14,11 @@ test: .venv/installed-dev
 	$(PY) -m mypy *.py
 	$(PY) -m pytest tests -n auto --dist loadfile
 
+# pydensecrf2 asks for a Cython to build with that knows no Python after 3.12: it gets today's, without isolation.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet --upgrade pip setuptools wheel cython
+	$(PY) -m pip install --quiet --no-build-isolation -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt

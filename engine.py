@@ -2,6 +2,7 @@
 import difflib
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -140,6 +141,9 @@ def configure(script: str, arguments: list[str]) -> SimpleNamespace:
             raise UsageError(f"{where}: unknown setting {section}.{key}{nearest(key, kinds)}")
         setattr(found[section], key, convert(value, kinds[key], f"{section}.{key}", where))
 
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UsageError(f"{argument}: settings are given as key=value; --help lists them")
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:
         raise UsageError(f"{files[1]}: a second settings file; usage: python {script}.py [CONFIG.yaml] [key=value ...]")
@@ -186,6 +190,26 @@ def configure(script: str, arguments: list[str]) -> SimpleNamespace:
         datasets.make_shapes(config.data.root)
     wait()
     return config
+
+
+def help_text(script: str) -> str:
+    """Every setting that a script reads, with its default and comment: the lines of its dataclasses' own source."""
+    own = importlib.import_module(script).Settings
+    sections = {script: [kind for kind in reversed(own.__mro__) if kind is not object],
+                "data": [datasets.Settings], "run": [Run]}
+    text = [f"python {script}.py [CONFIG.yaml] [key=value ...]; a bare key is one of {script}, or of run"]
+    for section, kinds in sections.items():
+        fields: dict[str, list[str]] = {}
+        for kind in kinds:
+            name = ""
+            for line in inspect.getsource(kind).splitlines():
+                if found := re.match(r"    (\w+): ", line):
+                    name = found[1]
+                    fields[name] = [line]
+                elif name and line.startswith("    #"):
+                    fields[name].append(line)
+        text += [f"\n{section}", *(line for lines in fields.values() for line in lines)]
+    return "\n".join(text)
 
 
 def find_device(name: str) -> torch.device:
@@ -237,6 +261,8 @@ def check_values(config: SimpleNamespace) -> None:
 
 def run(script: str, main: Callable[[SimpleNamespace], object]) -> None:
     """A script's entry: its settings to `main`; a user's fault ends as one line on stderr and status 2."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return print(help_text(script))
     try:
         main(configure(script, sys.argv[1:]))
     except (datasets.DataError, models.WeightsError, UsageError) as error:

@@ -1,10 +1,15 @@
 """Settings, files, scores and the training loop that the scripts share."""
+import dataclasses
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
+import datasets
 import engine
 import models
 
@@ -128,6 +133,26 @@ def test_overlap_keeps_the_order(workers):
     assert next(results) == (0, 0)
     assert len(asked) <= 2 * max(workers, 1) + 1  # it does not run ahead of its consumer
     assert list(results) == [(k, k * k) for k in range(1, 12)]
+
+
+@pytest.mark.parametrize("script", ["train_cls", "make_labels", "train_seg", "eval"])
+def test_help_names_every_setting_once_with_its_default_and_comment(script):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    _, *sections = done.stdout.split("\n\n")
+    for text, kind in zip(sections, (__import__(script).Settings, datasets.Settings, engine.Run), strict=True):
+        lines = {line.split(":")[0].strip(): line for line in text.splitlines()[1:] if not line.startswith("    #")}
+        assert len(text.splitlines()) - 1 - text.count("\n    #") == len(lines)  # each once
+        assert lines.keys() == {field.name for field in dataclasses.fields(kind)}
+        for field in dataclasses.fields(kind):
+            if field.default is not dataclasses.MISSING:
+                assert eval(lines[field.name].split(" = ")[1].split("  #")[0]) == field.default
+
+
+@pytest.mark.parametrize("argument", ["-v", "--seed", "--train_cls.lr=1"])
+def test_options_are_told_how_settings_are_given(argument):
+    with pytest.raises(engine.UsageError, match=f"{argument}: settings are given as key=value; --help lists them"):
+        engine.configure("train_cls", [argument])
 
 
 def test_learning_rate():

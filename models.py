@@ -7,11 +7,19 @@ Geometry, everywhere: a box is x0, y0, x1, y1 in continuous pixel coordinates, x
 pixel i reaches from i to i + 1. Feature cell j of w lies where the convolutions put it, on pixel
 j (W - 1) / (w - 1) of W (align_corners); it reaches half a step to each side, cut at the image's edge.
 """
+import hashlib
+import http.client
+import io
 import math
 import os
+import pickle
+import struct
+import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -254,9 +262,16 @@ def padded_size(size: Sequence[int]) -> tuple[int, ...]:
 # and the names of the parameters that pretrained weights gave.
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-CAFFE = dict(mean=(0.48235, 0.45882, 0.40784), std=(1 / 255,) * 3)  # of IMAGENET1K_FEATURES
-CAFFE_FILE = dict(mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255,) * 3)  # DeepLab's
-HUB = ("imagenet", "imagenet_features")
+CAFFE = dict(mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255,) * 3)
+
+# The authors' start of both VGG stages: VGG-16 for ImageNet, its fc6 and fc7 cut to 1,024 channels (vgg16_20M).
+CAFFE_URL = ("https://raw.githubusercontent.com/cvlab-yonsei/BANA/"
+             "345cf9402dec878264a6bd0a5a00cdc24931553f/weights/vgg_caffe.pth")
+CAFFE_BLOB = "7a933a082bdab72e8af949a837fc6abde17a9ea6"  # git's name of its content
+# What torch.load makes of bytes that are no weights, or broken ones.
+BROKEN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
+          pickle.UnpicklingError, struct.error)
+NO_NETWORK = (URLError, ConnectionError, TimeoutError, http.client.HTTPException)
 
 
 class VGG16(nn.Module):
@@ -300,58 +315,92 @@ def load(module: nn.Module, state: State, source: str, optional: Sequence[str] =
         fits = False
     if not fits:
         raise WeightsError(f"{source}: weights of another network; set weights or backbone")
+    if not all(value.isfinite().all() for value in state.values()):
+        raise WeightsError(f"{source}: holds weights that are not finite numbers")
     return set(state)
 
 
-def read_state(source: str) -> State:
+def read_file(source: str | os.PathLike) -> object:
+    """What torch.save wrote. That the machine cannot read it is Python's own error."""
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"{source}: no such file; weights is imagenet, imagenet_features, none or a file") from None
-    except Exception:
+        content = Path(source).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise WeightsError(f"{source}: no such file; weights is imagenet, caffe, none or a file") from None
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except BROKEN as error:
+        if "can't allocate memory" in str(error):
+            raise
         raise WeightsError(f"{source}: not a file of weights that torch.load can read safely") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint: cls.pt, seg.pt
-        state = state["model"]
-    if not state or not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+
+
+def state_of(content: object, source: str | os.PathLike) -> State:
+    """The state dict in a file's content: a checkpoint's (cls.pt, seg.pt) or the content itself; of a network in
+    Caffe's names, in those of `Network`.
+    """
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not content or not isinstance(content, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise WeightsError(f"{source}: not a state dict (names to tensors)")
-    return state
+    try:
+        return from_caffe(content)
+    except (RuntimeError, LookupError):
+        raise WeightsError(f"{source}: named as a network of Caffe's, but not of its shapes") from None
 
 
-def torchvision_weights(name: str, weights: str) -> tuple[State, dict]:
-    """State dict and colours of torchvision's ImageNet weights, downloaded into torch.hub's cache."""
-    entry = {"imagenet": "IMAGENET1K_V1", "imagenet_features": "IMAGENET1K_FEATURES"}[weights]
+def read_state(source: str | os.PathLike) -> State:
+    return state_of(read_file(source), source)
+
+
+def caffe_file() -> str:
+    """The authors' vgg_caffe.pth in torch.hub's cache: fetched once, checked each time."""
+    path = Path(torch.hub.get_dir(), "checkpoints", "vgg_caffe.pth")
+    way_out = f"put {CAFFE_URL} there by hand, or set weights=imagenet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            partial = Path(folder, path.name)
+            try:
+                torch.hub.download_url_to_file(CAFFE_URL, str(partial))
+            except NO_NETWORK as error:
+                raise WeightsError(f"{path}: cannot be downloaded ({error}); {way_out}") from None
+            if git_blob(partial) != CAFFE_BLOB:
+                raise WeightsError(f"{path}: its download came cut or changed; {way_out}")
+            partial.replace(path)
+    elif git_blob(path) != CAFFE_BLOB:
+        raise WeightsError(f"{path}: not the authors' file, git blob {CAFFE_BLOB[:12]}; {way_out}")
+    return str(path)
+
+
+def git_blob(path: Path) -> str:
+    """git's name of a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def torchvision_weights(name: str) -> State:
+    """torchvision's ImageNet weights, downloaded into torch.hub's cache."""
+    entry = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
-        entry = torchvision.models.get_model_weights(name)[entry]
-    except KeyError:
-        raise WeightsError(f"weights: {weights} does not exist for {name}; use imagenet, none or a file") from None
-    try:
-        state = entry.get_state_dict(progress=True)
-    except OSError as error:
+        return entry.get_state_dict(progress=True)
+    except NO_NETWORK as error:
         raise WeightsError(f"{entry.url}: cannot be downloaded ({error}); set weights to a file") from None
-    colours = entry.transforms()
-    return state, dict(mean=tuple(colours.mean), std=tuple(colours.std))
 
 
-def cut_vgg16(state: State, source: str) -> State:
+def cut_vgg16(state: State) -> State:
     """torchvision's VGG-16 to LargeFOV's: fc6, fc7 of every 4th channel, fc6's 7x7 kernel at 0, 3, 6."""
     cut = {name: value for name, value in state.items() if not name.startswith("classifier.")}
-    fc6 = state.get("classifier.0.weight")
-    if fc6 is not None and fc6.isfinite().all():  # IMAGENET1K_FEATURES has a classifier of NaN
-        try:
-            cut["fc6.weight"] = fc6.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
-            cut["fc6.bias"] = state["classifier.0.bias"][::4]
-            cut["fc7.weight"] = state["classifier.3.weight"][::4, ::4, None, None]
-            cut["fc7.bias"] = state["classifier.3.bias"][::4]
-        except (RuntimeError, KeyError):
-            raise WeightsError(f"{source}: its classifier is not VGG-16's") from None
+    if "classifier.0.weight" in state:
+        cut["fc6.weight"] = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+        cut["fc6.bias"] = state["classifier.0.bias"][::4]
+        cut["fc7.weight"] = state["classifier.3.weight"].view(4096, 4096, 1, 1)[::4, ::4]
+        cut["fc7.bias"] = state["classifier.3.bias"][::4]
     return cut
 
 
-def from_caffe(state: State) -> State:
-    """VGG-16 as Caffe's converted files name it (conv1_1.weight ... fc7.bias, for BGR, with fc6 and fc7 whole or as
-    LargeFOV cut them) in torchvision's names, for RGB.
-    """
-    state = {name: value for name, value in state.items() if not name.startswith("fc8")}
+def vgg16_from_caffe(state: State) -> State:
+    """conv1_1.weight ... fc7.bias, with fc6 and fc7 whole or as LargeFOV cut them, in the names of `VGG16`."""
     layers, index = {}, 0
     for block, convolutions in enumerate((2, 2, 3, 3, 3), 1):
         for number in range(1, convolutions + 1):
@@ -360,38 +409,35 @@ def from_caffe(state: State) -> State:
         index += 1  # its pool
     if len(state.get("fc6.bias", ())) == 4096:
         layers |= {"fc6": "classifier.0", "fc7": "classifier.3"}
-        state |= {name: state[name].flatten(1) for name in ("fc6.weight", "fc7.weight") if name in state}
-    state["conv1_1.weight"] = state["conv1_1.weight"].flip(1)
-    parts = [(*name.rpartition("."), value) for name, value in state.items()]
-    return {f"{layers.get(layer, layer)}.{kind}": value for layer, _, kind, value in parts}
+    renamed = {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        renamed[f"{layers.get(layer, layer)}.{kind}"] = value
+    return cut_vgg16(renamed)
 
 
-def vgg_backbone(name, source, state, dilation, width, dropout):
-    module, colours, loaded = VGG16(dilation, width, name == "vgg16_bn", dropout), IMAGENET, set()
-    if source in HUB:
-        state, colours = torchvision_weights(name, source)
-    elif state and "conv1_1.weight" in state:
-        try:
-            state, colours = from_caffe(state), CAFFE_FILE
-        except (RuntimeError, IndexError):  # other shapes
-            raise WeightsError(f"{source}: named as Caffe's VGG-16, but not of its shapes") from None
-    elif state and not state.get("classifier.0.weight", torch.zeros(1)).isfinite().all():
-        colours = CAFFE
-    if state:
-        loaded = load(module, cut_vgg16(state, source), source, optional=("fc6", "fc7"))
-    return module, colours, loaded
+def from_caffe(state: State) -> State:
+    """A state dict in the names of Caffe's converted files, for BGR, in the names of `Network`, for RGB; any other
+    as it is. Names may begin with backbone. (the authors' code), base. or scale. (kazuto1011's).
+    """
+    first = "conv1_1.weight"
+    prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), None)
+    if prefix is None:
+        return state
+    body = {name.removeprefix(prefix): value for name, value in state.items()
+            if name.startswith(prefix) and not name.startswith((f"{prefix}fc8", "classifier."))}
+    body[first] = body[first].flip(1)
+    renamed = {f"backbone.{name}": value for name, value in vgg16_from_caffe(body).items()}
+    if "classifier.weight" in state:
+        renamed["classifier.weight"] = state["classifier.weight"].flatten(1)
+    return renamed | {key: torch.tensor(value).view(3, 1, 1) for key, value in CAFFE.items()}
 
 
-def resnet_backbone(name, source, state):
+def resnet(name: str) -> nn.Sequential:
     module = torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=(False, True, True))
-    colours, loaded = IMAGENET, set()
-    if source in HUB:
-        state, colours = torchvision_weights(name, source)
-    if state:
-        loaded = load(module, state, source, optional=("fc",))
     body = nn.Sequential(OrderedDict((n, m) for n, m in module.named_children() if n not in ("avgpool", "fc")))
     body.channels = module.fc.in_features
-    return body, colours, loaded & set(body.state_dict())
+    return body
 
 
 class DilatedDepthwise(nn.Conv2d):
@@ -436,22 +482,32 @@ def timm_backbone(name, source, state):
 def build_backbone(name: str, weights: str | os.PathLike = "none", dilation: int = 1, width: float = 1.0,
                    dropout: float = 0.5) -> tuple[nn.Module, dict, set[str]]:
     """-> (module with .channels, colours dict(mean, std), names of loaded weights)."""
-    source = str(weights)
-    state = {} if source in ("none", *HUB) else read_state(source)
+    source, vgg = str(weights), name in ("vgg16", "vgg16_bn")
+    if not vgg and width != 1:
+        raise WeightsError(f"width: {width} is for vgg16 alone, not for {name}")
+    if source == "caffe":
+        if name != "vgg16":
+            raise WeightsError(f"weights: caffe is for vgg16 alone, not for {name}; use imagenet, none or a file")
+        source = caffe_file()
+    state = {} if source in ("none", "imagenet") else read_state(source)
     own = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
-    if own:  # a checkpoint of a Network below
+    if own and {"mean", "std"} <= set(state):  # a Network's, or once in Caffe's names
         module, _, _ = build_backbone(name, "none", dilation, width, dropout)
         colours = {key: tuple(state[key].flatten().tolist()) for key in ("mean", "std")}
-        return module, colours, load(module, own, source)
-    if name in ("vgg16", "vgg16_bn"):
-        return vgg_backbone(name, source, state, dilation, width, dropout)
-    if width != 1:
-        raise WeightsError(f"width: {width} is for vgg16 alone, not for {name}")
-    if name in ("resnet50", "resnet101", "resnet152"):
-        return resnet_backbone(name, source, state)
+        return module, colours, load(module, own, source, optional=("fc6", "fc7"))
     if name.startswith("timm/"):
         return timm_backbone(name.removeprefix("timm/"), source, state)
-    raise WeightsError(f"backbone: {name!r} is none of vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME")
+    if not vgg and name not in ("resnet50", "resnet101", "resnet152"):
+        raise WeightsError(f"backbone: {name!r} is none of vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME")
+    module = VGG16(dilation, width, name == "vgg16_bn", dropout) if vgg else resnet(name)
+    if source == "none":
+        return module, IMAGENET, set()
+    state = state or torchvision_weights(name)
+    try:
+        state = cut_vgg16(state) if vgg else {n: v for n, v in state.items() if not n.startswith("fc.")}
+    except (RuntimeError, LookupError):
+        raise WeightsError(f"{source}: its classifier is not VGG-16's") from None
+    return module, IMAGENET, load(module, state, source, optional=("fc6", "fc7"))
 
 
 # ---------------------------------------------------------------- networks
@@ -473,9 +529,8 @@ class Network(nn.Module):
     """What the classifier and the segmenter share: images -> features (N, C, h, w) at stride 8.
 
     backbone: vgg16, vgg16_bn, resnet50, resnet101, resnet152 or timm/NAME.
-    weights: imagenet (torchvision's or timm's), imagenet_features (Caffe-coloured VGG-16 without fc6, fc7),
-    none, or a file: of such weights, of Caffe's VGG-16 (conv1_1 ... fc7), or a checkpoint of this class, whose backbone
-    is taken. Raises WeightsError where these cannot be had.
+    weights: imagenet (torchvision's or timm's), caffe (the authors', for vgg16), none, or a file: of such weights, or
+    of a network, this class's or the authors', whose backbone is taken. Raises WeightsError where these cannot be had.
     width: a factor on VGG-16's channels. dropout: share of VGG-16's fc6 and fc7 channels dropped in training.
     With pretrained weights batch normalisation stays frozen, since batches of crops are too small for its
     statistics; set freeze_norm = False to train it.

@@ -21,7 +21,7 @@ import models
 @dataclass
 class Settings(engine.Training):
     """Section `train_seg` of the YAML file."""
-    weights: str = "imagenet"  # imagenet, imagenet_features, none, a file, or stage1: the backbone of cls.pt
+    weights: str = "imagenet"  # imagenet, caffe, none, a file, or stage1: the backbone of cls.pt
     labels: list[str] = field(default_factory=list)  # folders of ID.png to learn from, as they lie or under data.root:
     # two stand for Ycrf and Yret, of one any loss is cross-entropy; none: the run's own
     loss: Literal["nal", "crf", "ret", "agree", "entropy", "bootstrap"] = "nal"  # crf, ret: cross-entropy on one

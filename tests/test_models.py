@@ -622,23 +622,28 @@ def test_vgg16_in_caffes_names(tmp_path, fully):
 
 def test_caffes_names_with_other_shapes(tmp_path):
     torch.save({"conv1_1.weight": torch.zeros(3)}, tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match="odd.pth: named as Caffe's VGG-16"):
+    with pytest.raises(WeightsError, match="odd.pth: named as a network of Caffe's"):
         BoxClassifier(3, backbone="vgg16", weights=str(tmp_path / "odd.pth"))
 
 
-def test_vgg16_imagenet_features(hub):
-    """The Caffe-coloured one: no fc6, fc7 (torchvision's file holds NaN there), and its own mean and std."""
+def test_a_classifier_of_nan_is_refused(tmp_path):
+    """torchvision's IMAGENET1K_FEATURES holds one."""
     state = random_state("vgg16")
-    nan = torch.tensor(torch.nan)
-    state.update({k: nan.expand(v.shape) for k, v in state.items() if k.startswith("classifier")})
-    hub("vgg16", "IMAGENET1K_FEATURES", state)
-    model = DeepLab(3, backbone="vgg16", weights="imagenet_features")
-    for key, value in model.backbone.features.state_dict().items():
-        assert torch.equal(value, state["features." + key])
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert (255 * model.mean.flatten()).tolist() == pytest.approx([122.675, 116.669, 104.008], abs=0.5)
-    torch.testing.assert_close(255 * model.std.flatten(), torch.ones(3))
-    assert {g["lr"]: len(g["params"]) for g in model.parameter_groups(1.0, 0.0)} == {1.0: 26, 10.0: 5}
+    state["classifier.3.weight"] = torch.tensor(torch.nan).expand(4096, 4096)
+    torch.save(state, tmp_path / "features.pth")
+    with pytest.raises(WeightsError, match="features.pth: holds weights that are not finite"):
+        DeepLab(3, weights=tmp_path / "features.pth")
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), OSError(5, "I/O error"), MemoryError()])
+def test_a_fault_of_the_machine_is_no_broken_file(tmp_path, monkeypatch, fault):
+    def read_bytes(path):
+        raise fault
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", read_bytes)
+    with pytest.raises(type(fault)) as error:
+        DeepLab(3, weights=tmp_path / "good.pth")
+    assert error.value is fault
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
@@ -743,7 +748,7 @@ def test_file_without_weights(tmp_path, backbone):
 
 def test_weights_that_cannot_be_had(hub):
     for backbone, weights in [("vgg16", "imagenet"), ("resnet50", "imagenet"), ("vgg17", "none"),
-                              ("resnet50", "imagenet_features"), ("timm/no_such_network", "none")]:
+                              ("resnet50", "caffe"), ("vgg16_bn", "caffe"), ("timm/no_such_network", "none")]:
         with pytest.raises(WeightsError) as error:
             DeepLab(3, backbone=backbone, weights=weights)
         one_line(error)

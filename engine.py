@@ -412,9 +412,14 @@ def check_unchanged(path: Path, before: object, now: dict) -> None:
 def claim(config: SimpleNamespace, folder: Path, settings: dict, source: Path) -> None:
     """Makes `folder` ready for files made with `settings` and the checkpoint `source`: what the same made before
     stays, what another checkpoint made goes, what other settings made is refused, or goes with run.overwrite.
+    A source from elsewhere (`weights`) counts as a setting: it is no newer state of this run, that older files give
+    way to.
     """
     if rank() == 0:
-        make_ready(config, folder, {"settings": settings, source.name: digest(source)})
+        now = {"settings": settings, source.name: digest(source)}
+        if source.parent != config.path:
+            now = {"settings": settings | {"weights": digest(source)}}
+        make_ready(config, folder, now)
     wait()
 
 
@@ -472,20 +477,25 @@ def read_checkpoint(path: Path) -> dict:
         raise UsageError(f"{path}: not a checkpoint; delete it, then run python {MADE_BY[path.name]}") from None
 
 
-def load_network(config: SimpleNamespace, name: str, network: Some, settings: Training) -> Some:
-    """runs/NAME/cls.pt or seg.pt into a network in evaluation mode; its backbone and classes must be the settings'."""
-    path = config.path / name
-    checkpoint = read_checkpoint(path)
-    here = dict(backbone=settings.backbone, width=settings.width)
-    found, classes = checkpoint.get("network"), checkpoint.get("classes")
-    if not isinstance(found, dict) or found != here:
-        raise UsageError(f"{path}: holds the network {reprlib.repr(found)}, but the settings say {here}")
-    if not isinstance(classes, list) or classes != config.data.classes:
-        raise UsageError(f"{path}: was trained on the classes {reprlib.repr(classes)}, not on data.classes")
+def load_network(config: SimpleNamespace, name: str, network: Some, settings: Training, weights: str = "") -> Some:
+    """runs/NAME/cls.pt or seg.pt into a network in evaluation mode, or the file `weights`: a checkpoint of another
+    run, or a state dict in the names of the authors' code. A checkpoint's backbone and classes must be the settings'.
+    """
+    path = Path(weights) if weights else config.path / name
+    content = models.read_file(path) if weights else read_checkpoint(path)
+    checkpoint = content if isinstance(content, dict) else {}
+    if not weights or "model" in checkpoint:
+        here = dict(backbone=settings.backbone, width=settings.width)
+        found, classes = checkpoint.get("network"), checkpoint.get("classes")
+        if not isinstance(found, dict) or found != here:
+            raise UsageError(f"{path}: holds the network {reprlib.repr(found)}, but the settings say {here}")
+        if not isinstance(classes, list) or classes != config.data.classes:
+            raise UsageError(f"{path}: was trained on the classes {reprlib.repr(classes)}, not on data.classes")
     try:
-        network.load_state_dict(checkpoint["model"])
-    except Exception:  # a file may hold anything under that name
-        raise UsageError(f"{path}: holds other weights than its network has; train it anew") from None
+        network.load_state_dict(models.state_of(content, path))
+    except (RuntimeError, models.WeightsError):
+        way_out = f"it must be a {type(network).__name__} of {settings.backbone}" if weights else "train it anew"
+        raise UsageError(f"{path}: holds other weights than its network has; {way_out}") from None
     return network.eval().to(config.device).to(memory_format=torch.channels_last)
 
 

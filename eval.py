@@ -5,8 +5,9 @@
     python eval.py 'images=photos/*.jpg'
     python eval.py split=test submit=results.tgz
 
-Reads data.root and runs/NAME/seg.pt; writes runs/NAME/eval.json, predictions/METHOD/ID.png and what pictures.py draws;
-of images, pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archive that VOC's evaluation server takes.
+Reads data.root and runs/NAME/seg.pt, or the file `weights`; writes runs/NAME/eval.json, predictions/METHOD/ID.png and
+what pictures.py draws; of images, pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archive that VOC's
+evaluation server takes.
 """
 import glob
 import io
@@ -31,6 +32,7 @@ from crf import dense_crf
 @dataclass
 class Settings:
     """Section `eval` of the YAML file. The paper's headline: scales [0.5, 0.75, 1, 1.5], flip and crf."""
+    weights: str = ""  # a file of the segmenter, of another run or in the authors' names; none: runs/NAME/seg.pt
     split: str = ""  # list to score; none: data.val
     labels: str = ""  # score this folder's ID.png instead of the segmenter's predictions
     images: str = ""  # segment these pictures instead of a list's: a path, with * for many
@@ -182,13 +184,13 @@ def main(config: SimpleNamespace) -> None:
         return score(config, split, s.labels)
     truth = None if s.submit or s.images else engine.true_masks(config, split)
     network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
-    network = engine.load_network(config, "seg.pt", network, config.train_seg)
+    network = engine.load_network(config, "seg.pt", network, config.train_seg, s.weights)
     dataset = Pictures(s.images) if s.images else engine.open_data(config, split, boxes=False)
     folder = prediction_folder(config)
-    without = {"split", "labels", "images", "submit", "panels", "photos"}
+    without = {"weights", "split", "labels", "images", "submit", "panels", "photos"}
     without |= {key for key in asdict(s) if key.startswith("crf_") and not s.crf}
     settings = engine.made_with(config, "eval", "train_seg.temperature", without=without)
-    engine.claim(config, folder, settings, config.path / "seg.pt")
+    engine.claim(config, folder, settings, Path(s.weights or config.path / "seg.pt"))
     predict_split(config, network, dataset, folder)
     engine.wait()
     result = engine.score_folders(config, split, {"IoU": folder})["IoU"] if truth else None

@@ -2,14 +2,15 @@
 
     python make_labels.py [CONFIG.yaml] [key=value ...]
 
-Reads data.root and runs/NAME/cls.pt; writes runs/NAME/labels/Ycrf/ID.png, Yret/ID.png and box/ID.png (whole boxes as
-labels, the baseline) for the lists data.train and data.val, and scores.json, over the images that have a true mask;
-for a few images u0/ID.png and cam/ID.png, the highest u_c of each pixel, before the CRF. Images that have their labels
-already are skipped.
+Reads data.root and runs/NAME/cls.pt, or the file `weights`; writes runs/NAME/labels/Ycrf/ID.png, Yret/ID.png and
+box/ID.png (whole boxes as labels, the baseline) for the lists data.train and data.val, and scores.json, over the images
+that have a true mask; for a few images u0/ID.png and cam/ID.png, the highest u_c of each pixel, before the CRF. Images
+that have their labels already are skipped.
 """
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -31,6 +32,7 @@ KINDS = "box", "Ycrf", "Yret"  # of labels, each a folder
 @dataclass
 class Settings:
     """Section `make_labels` of the YAML file."""
+    weights: str = ""  # a file of the classifier, of another run or in the authors' names; none: runs/NAME/cls.pt
     splits: list[str] = field(default_factory=list)  # lists to label; none: data.train and data.val
     u0: bool = True  # background attention as the background's unary; false: its own activation map
     threshold: float = 0.99  # u0, or what stands in for it, becomes 0 below this share of its maximum anywhere
@@ -186,12 +188,12 @@ def label_split(config, network, split, dataset):
 def main(config: SimpleNamespace) -> None:
     s, folder = config.make_labels, config.path / "labels"
     network = models.BoxClassifier(len(config.data.classes), config.train_cls.backbone, width=config.train_cls.width)
-    network = engine.load_network(config, "cls.pt", network, config.train_cls)
+    network = engine.load_network(config, "cls.pt", network, config.train_cls, s.weights)
     path = folder / "scores.json"
     splits = s.splits or filter(None, (config.data.train, config.data.val))
     data = {split: engine.open_data(config, split) for split in splits}  # all: a fault ends it before the work
-    engine.claim(config, folder, engine.made_with(config, "make_labels", without=("splits", "pictures")),
-                 config.path / "cls.pt")
+    settings = engine.made_with(config, "make_labels", without=("weights", "splits", "pictures"))
+    engine.claim(config, folder, settings, Path(s.weights or config.path / "cls.pt"))
     for split, dataset in data.items():
         label_split(config, network, split, dataset)
         engine.wait()

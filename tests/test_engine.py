@@ -291,6 +291,7 @@ def test_an_unfinished_run_with_other_settings_is_refused_or_lost(tmp_path):
 
 def claimed(tmp_path, settings=None, **run):
     config = globals()["settings"]()
+    config.path = tmp_path
     config.run.overwrite = run.get("overwrite", False)
     engine.claim(config, tmp_path / "labels", settings or {"a.b": 1}, tmp_path / "cls.pt")
 

@@ -1,4 +1,4 @@
-"""Images with boxes: reading, augmentation, a check of your own data, the shapes demo set, download.
+"""Images with boxes: reading, augmentation, a check of your own data, the shapes demo set.
 
     ROOT/JPEGImages/ID.jpg  Annotations/ID.xml  SegmentationClassAug/ID.png  ImageSets/Segmentation/LIST.txt
 
@@ -9,7 +9,6 @@ section 3.1 follows from the boxes, so no file holds it.
 
     python datasets.py check ROOT       read your own data in full: counts, every fault, the settings for it
     python datasets.py shapes DIR       write the demo set
-    python datasets.py download DIR     fetch VOC 2012 and SBD, and merge them: 10,582 images in train_aug
 """
 import difflib
 import io
@@ -31,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -516,7 +514,7 @@ class VOCDataset(torch.utils.data.Dataset):
         self.root, self.classes, self.transform = Path(root), list(classes), transform
         _check_classes(self.classes)
         if not self.root.is_dir():
-            raise DataError(f"{root}: no such folder; set data.root, or run: python datasets.py download DIR")
+            raise DataError(f"{root}: no such folder; set data.root, or run: python tools/download_voc.py YEAR DIR")
         self.paths = find_images(root, split, images)
         if scored:
             self.paths = {name: path for name, path in self.paths.items() if os.path.isfile(f"{scored}/{name}.png")}
@@ -926,64 +924,17 @@ def _read_upright(path):
     return size[::-1]
 
 
-# ------------------------------------------------------------------------------------------ download
-
-def download(root: Pathlike) -> Path:
-    """Fetches VOC 2012 (2 GB) and SBD (1.4 GB) under `root`, merges them, returns the folder for data.root.
-
-    Raises DataError if a download fails; what was fetched is kept for the next try."""
-    _loadmat()  # torchvision needs it too, but asks for it late
-    root = Path(root)
-    voc, sbd = root / "VOCdevkit" / "VOC2012", root / "SBD"
-    try:
-        torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
-        if not (sbd / "val.txt").is_file():  # the last thing that torchvision moves there
-            torchvision.datasets.SBDataset(sbd, image_set="train", mode="segmentation", download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{root}: the download failed ({' '.join(str(error).split())}); try again") from None
-    merge_augmented(voc, sbd)
-    return voc
-
-
-def merge_augmented(voc: Pathlike, sbd: Pathlike, expected: int = 10582) -> None:
-    """Writes VOC/SegmentationClassAug, VOC's own masks and SBD's where VOC has none, and the list train_aug.
-
-    train_aug = (SBD train + SBD val + VOC train) - VOC val. Raises DataError, with nothing written, unless
-    that is `expected` ids and every mask is there."""
-    voc, sbd, loadmat = Path(voc), Path(sbd), _loadmat()
-    train, val = (read_list(voc, split) for split in ("train", "val"))
-    ids = {*read_ids(sbd / "train.txt"), *read_ids(sbd / "val.txt"), *train} - set(val)
-    if len(ids) != expected:
-        raise DataError(f"{sbd}: {len(ids)} ids for train_aug, not {expected}; remove and download it again")
-    sources = {name: voc / "SegmentationClass" / f"{name}.png" for name in sorted(ids.union(val))}
-    sources = {name: own if own.is_file() else sbd / "cls" / f"{name}.mat" for name, own in sources.items()}
-    _check_files("mask", list(sources.values()))
-    for name, source in tqdm(sources.items(), desc="SegmentationClassAug", leave=False, disable=None):
-        mask = (read_mask(source, len(VOC_CLASSES) + 1) if source.suffix == ".png"
-                else loadmat(source)["GTcls"][0]["Segmentation"][0])
-        write_mask(voc / "SegmentationClassAug" / f"{name}.png", mask)
-    path = voc / "ImageSets" / "Segmentation" / "train_aug.txt"  # last: where it stands, the masks are whole
-    write(path, ("\n".join(sorted(ids)) + "\n").encode())
-
-
-def _loadmat():
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise DataError("scipy: not installed, and SBD's masks are .mat files; pip install scipy") from None
-    return loadmat
-
-
 def main():
     command, folder = sys.argv[1:] if len(sys.argv) == 3 else ("", "")
-    if command not in ("check", "shapes", "download") or not folder:
-        print("usage: python datasets.py check ROOT | shapes DIR | download DIR", file=sys.stderr)
+    if command not in ("check", "shapes") or not folder:
+        print("usage: python datasets.py check ROOT | shapes DIR", file=sys.stderr)
         sys.exit(2)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         if command == "check":
             sys.exit(2 if check(folder) else 0)
-        print("data.root:", download(folder) if command == "download" else make_shapes(folder) or folder)
+        make_shapes(folder)
+        print("data.root:", folder)
     except DataError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

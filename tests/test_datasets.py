@@ -3,7 +3,6 @@ import errno
 import hashlib
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -555,115 +554,7 @@ def test_shapes_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------ download
-
-def released(tmp_path):
-    """VOC with a train and a val id, SBD with three more, one of which is VOC's val id."""
-    voc, sbd = tmp_path / "VOC2012", tmp_path / "SBD"
-    for folder in (voc / "ImageSets/Segmentation", sbd / "cls"):
-        folder.mkdir(parents=True)
-    (voc / "ImageSets/Segmentation/train.txt").write_text("t\n")
-    (voc / "ImageSets/Segmentation/val.txt").write_text("v\n")
-    (sbd / "train.txt").write_text("s1\nt\n")
-    (sbd / "val.txt").write_text("s2\nv\n")
-    for name, label in (("t", 255), ("v", 2)):
-        datasets.write_mask(voc / f"SegmentationClass/{name}.png", np.full((4, 5), label))
-    return voc, sbd
-
-
-def fake_loadmat(path):
-    """What scipy makes of an SBD file, whose content here is its label."""
-    content = np.empty(1, dtype=[("Segmentation", object)])
-    content["Segmentation"][0] = np.full((4, 5), int(Path(path).read_text()), np.uint8)
-    return {"GTcls": content[None]}
-
-
-def check_merged(voc, sbd):
-    datasets.merge_augmented(voc, sbd, expected=3)
-    assert datasets.read_list(voc, "train_aug") == ["s1", "s2", "t"]
-    for name, label in {"s1": 5, "s2": 6, "t": 255, "v": 2}.items():
-        merged = datasets.read_mask(voc / f"SegmentationClassAug/{name}.png", 21)
-        assert np.array_equal(merged, np.full((4, 5), label))
-    assert not list(voc.rglob("*.tmp"))
-
-
-def test_merge_prefers_vocs_masks_and_leaves_val_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_loadmat", lambda: fake_loadmat)
-    voc, sbd = released(tmp_path)
-    for name, label in (("s1", 5), ("s2", 6), ("t", 9), ("v", 9)):
-        (sbd / f"cls/{name}.mat").write_text(str(label))
-    check_merged(voc, sbd)
-    check_merged(voc, sbd)  # and once more over itself
-
-
-def test_merge_reads_real_mat_files(tmp_path):
-    io = pytest.importorskip("scipy.io", reason="scipy, which only `download` needs, is not installed")
-    voc, sbd = released(tmp_path)
-    for name, label in (("s1", 5), ("s2", 6), ("t", 9), ("v", 9)):
-        content = {"GTcls": {"Segmentation": np.full((4, 5), label, np.uint8), "CategoriesPresent": [label]}}
-        io.savemat(sbd / f"cls/{name}.mat", content)
-    check_merged(voc, sbd)
-
-
-@pytest.mark.parametrize("missing", ["an id", "a mask", "a list"])
-def test_merge_writes_nothing_when_a_download_is_incomplete(tmp_path, monkeypatch, missing):
-    monkeypatch.setattr(datasets, "_loadmat", lambda: fake_loadmat)
-    voc, sbd = released(tmp_path)
-    (sbd / "cls/s1.mat").write_text("5")
-    if missing != "a mask":
-        (sbd / "cls/s2.mat").write_text("6")
-    if missing == "a list":
-        (sbd / "val.txt").unlink()
-    words = {"an id": "SBD: 3 ids for train_aug, not 10582", "a mask": "s2.mat: no such mask",
-             "a list": "val.txt: no such list"}
-    before = digest(tmp_path)
-    with pytest.raises(DataError, match=words[missing]):
-        datasets.merge_augmented(voc, sbd, 10582 if missing == "an id" else 3)
-    assert digest(tmp_path) == before
-
-
-def test_without_scipy_the_download_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(DataError, match="pip install scipy"):
-        datasets.download(tmp_path)
-
-
-def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no\nnetwork")
-    monkeypatch.setattr(datasets, "_loadmat", lambda: fake_loadmat)
-    monkeypatch.setattr(datasets.torchvision.datasets, "VOCSegmentation", offline)
-    with pytest.raises(DataError, match="the download failed .no network.; try again"):
-        datasets.download(tmp_path)
-
-
-def test_download_merges_what_torchvision_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_loadmat", lambda: fake_loadmat)
-    calls = []
-    for name in ("VOCSegmentation", "SBDataset"):
-        monkeypatch.setattr(datasets.torchvision.datasets, name, lambda root, **_: calls.append(Path(root)))
-    monkeypatch.setattr(datasets, "merge_augmented", lambda *folders: calls.append(folders))
-    voc, sbd = tmp_path / "VOCdevkit/VOC2012", tmp_path / "SBD"
-    assert datasets.download(tmp_path) == voc
-    assert calls == [tmp_path, sbd, (voc, sbd)]
-
-
-def test_the_download_command(tmp_path, monkeypatch, capsys):
-    """`python datasets.py download data`, with small files in the place of what torchvision fetches."""
-    voc, sbd = released(tmp_path / "released")
-    for name, label in (("s1", 5), ("s2", 6), ("t", 9), ("v", 9)):
-        (sbd / f"cls/{name}.mat").write_text(str(label))
-    monkeypatch.setattr(datasets.torchvision.datasets, "VOCSegmentation",
-                        lambda root, **_: shutil.copytree(voc, Path(root, "VOCdevkit/VOC2012")))
-    monkeypatch.setattr(datasets.torchvision.datasets, "SBDataset", lambda root, **_: shutil.copytree(sbd, root))
-    monkeypatch.setattr(datasets.merge_augmented, "__defaults__", (3,))  # ids
-    monkeypatch.setattr(datasets, "_loadmat", lambda: fake_loadmat)
-    monkeypatch.setattr(sys, "argv", ["datasets.py", "download", "data"])
-    monkeypatch.chdir(tmp_path)
-    datasets.main()
-    assert capsys.readouterr().out == "data.root: data/VOCdevkit/VOC2012\n"
-    check_merged(Path("data/VOCdevkit/VOC2012"), Path("data/SBD"))
-
+# ------------------------------------------------------------------------------------------ commands
 
 def command(*arguments):
     return subprocess.run([sys.executable, ROOT / "datasets.py", *arguments], capture_output=True, text=True)

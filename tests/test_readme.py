@@ -27,7 +27,7 @@ NARROW = {"shapes": "train_cls.width=0.0625 train_seg.width=0.0625",
           "voc_resnet101": "train_cls.width=0.0625 train_cls.weights=none train_seg.weights=none",
           "voc2007": "train_cls.weights=none train_seg.weights=none"}
 ELSEWHERE = {  # what a command holds -> where it is tested
-    "make ": "test_make", "datasets.py download": "test_datasets", "benchmarks/speed.py": "test_speed",
+    "make ": "test_make", "download": "test_download", "benchmarks/speed.py": "test_speed",
     "benchmarks/ablations.py": "test_ablations", "benchmarks/soak.py": "half an hour, by hand",
     "pip install": "requirements-dev.txt", "mine.yaml": "test_formats", "data/mine": "test_formats"}
 

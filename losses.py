@@ -1,55 +1,115 @@
-"""The noise-aware loss (section 3.3 of the paper) and the losses that the paper sets beside it.
+"""The noise-aware loss (section 3.3 of the paper) and those it is compared with.
 
 One file to copy: it needs torch alone. In all of them
-    cosine (N, L, H, W) in [-1, 1]: cos(phi(p), W_c), phi the segmenter's last feature, W_c its classifier's row
-    H = softmax(temperature * cosine) over L
-    y_crf, y_ret (N, H, W) int64: the two pseudo labels, in 0..L-1; ignore_index in either leaves a pixel out
-    S: the pixels where the two agree, ~S: where they differ
-    group: a torch.distributed process group whose processes each hold a part of the batch (None: all of it is here)
-and the result is a scalar, with a group that of the whole batch. A mean over no pixels is 0. No pixel is gathered.
+
+    cosine        (N, L, H, W) in [-1, 1]: cos(phi(p), W_c) of pixel p, label c;
+                  phi is the segmenter's last feature, W_c its classifier's row
+    H             softmax(temperature * cosine) over the labels
+    y_crf, y_ret  (N, H, W), int64 or uint8: two pseudo labels, in 0..L-1
+    ignore_index  in either of them leaves the pixel out
+    S, ~S         the pixels where the two agree, and where they differ
+    group         of torch.distributed, whose processes each hold a part of
+                  the batch; None: all of it is here
+
+The result is a scalar of the whole batch, in float32 at least; a mean over no
+pixels is 0. torch.func's grad and vmap and second derivatives work, but not
+over a group.
 """
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+Group = dist.ProcessGroup | None
 
 
-class Pixels(torch.autograd.Function):
-    """What the losses read of each pixel: (cosine, labels, temperature, ignore_index) -> -log H_label, cosine_label
-    and max_c cosine_c, each (N, H, W). An ignored label is read as 0: every use of it gives it no weight.
+def noise_aware_loss(
+        cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
+        gamma: float = 7.0, weight: float = 0.1, temperature: float = 20.0,
+        ignore_index: int = 255, group: Group = None) -> Tensor:
+    """L = L_ce + weight * L_wce: trust Y_crf where Y_ret agrees, elsewhere as
+    far as the classifier does. With c* = Y_crf(p) and D_c(p) = 1 + cosine_c(p),
 
-    Forward and backward each make one array of cosine's size, and none is kept between them: of the softmax, its
-    sum at each pixel is enough. Autograd's own chain of these would keep one and make four.
+        L_ce   = - mean over S of log H_{c*}(p)
+        L_wce  = - sum over ~S of sigma(p) log H_{c*}(p) / sum over ~S of sigma(p)
+        sigma  = (D_{c*}(p) / max_c D_c(p)) ^ gamma
+
+    The gradient flows through sigma, too.
     """
-
-    @staticmethod
-    def forward(ctx, cosine, labels, temperature, ignore_index):
-        highest, where = cosine.max(1)
-        total = (cosine - highest[:, None]).mul_(temperature).exp_().sum(1)
-        log_sum = total.log_().add_(highest, alpha=temperature)
-        given = cosine.gather(1, torch.where(labels == ignore_index, 0, labels)[:, None])[:, 0]
-        small = torch.uint8 if cosine.shape[1] <= 256 else torch.int64
-        ctx.save_for_backward(cosine, labels, where.to(small), log_sum)
-        ctx.temperature, ctx.ignore_index = temperature, ignore_index
-        return log_sum - temperature * given, given, highest
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_loss, of_given, of_highest):
-        cosine, labels, where, log_sum = ctx.saved_tensors
-        of_loss = ctx.temperature * of_loss  # d(-log H_label) / d cosine_c = temperature (H_c - [c = label])
-        gradient = (ctx.temperature * cosine).sub_(log_sum[:, None]).exp_().mul_(of_loss[:, None])
-        labels = torch.where(labels == ctx.ignore_index, 0, labels)
-        gradient.scatter_add_(1, labels[:, None], (of_given - of_loss)[:, None])
-        del labels
-        gradient.scatter_add_(1, where.long()[:, None], of_highest[:, None])
-        return gradient, None, None, None
+    cosine = in_float32(cosine)
+    agree, differ = agreement(y_crf, y_ret, ignore_index)
+    ce = -at_label(log_softmax(cosine, temperature), y_crf, ignore_index)
+    # Clamped: rounding may leave D below 0, whose power would be NaN.
+    D = (1 + at_label(cosine, y_crf, ignore_index)).clamp(min=0)
+    D_max = (1 + cosine.max(1).values).clamp(min=1e-6)
+    sigma = torch.where(differ, D / D_max, 0) ** gamma * differ
+    l_wce = weighted_mean(ce, sigma, group)
+    return weighted_mean(ce, agree, group) + weight * l_wce
 
 
-def read_pixels(cosine: Tensor, labels: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, ...]:
-    """Pixels in float32 at least: a sum of exponentials in half precision would lose the small ones."""
-    cosine = cosine.to(torch.promote_types(cosine.dtype, torch.float32))
-    return Pixels.apply(cosine, labels, temperature, ignore_index)
+def cross_entropy(
+        cosine: Tensor, labels: Tensor, temperature: float = 20.0,
+        ignore_index: int = 255, group: Group = None) -> Tensor:
+    """- mean over the pixels that have a label of log H_label(p)."""
+    ce = -at_label(log_softmax(cosine, temperature), labels, ignore_index)
+    return weighted_mean(ce, labels != ignore_index, group)
+
+
+def agreement_loss(
+        cosine: Tensor, y_crf: Tensor, y_ret: Tensor, temperature: float = 20.0,
+        ignore_index: int = 255, group: Group = None) -> Tensor:
+    """L_ce alone: ~S is left out."""
+    agree, _ = agreement(y_crf, y_ret, ignore_index)
+    ce = -at_label(log_softmax(cosine, temperature), y_crf, ignore_index)
+    return weighted_mean(ce, agree, group)
+
+
+def entropy_loss(
+        cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
+        weight: float = 0.1, temperature: float = 20.0,
+        ignore_index: int = 255, group: Group = None) -> Tensor:
+    """L_ce + weight * mean over ~S of the entropy, - sum_c H_c log H_c
+    (Grandvalet and Bengio, 2004).
+    """
+    agree, differ = agreement(y_crf, y_ret, ignore_index)
+    log_h = log_softmax(cosine, temperature)
+    ce = -at_label(log_h, y_crf, ignore_index)
+    entropy = weighted_mean(-(log_h.exp() * log_h).sum(1), differ, group)
+    return weighted_mean(ce, agree, group) + weight * entropy
+
+
+def bootstrap_loss(
+        cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
+        weight: float = 0.1, beta: float = 0.8, temperature: float = 20.0,
+        ignore_index: int = 255, group: Group = None) -> Tensor:
+    """L_ce + weight * mean over ~S of hard bootstrapping, which mixes the label
+    with the network's own answer (Reed et al., 2015):
+    - (beta log H_{Y_crf} + (1 - beta) log max_c H_c).
+    """
+    agree, differ = agreement(y_crf, y_ret, ignore_index)
+    log_h = log_softmax(cosine, temperature)
+    ce = -at_label(log_h, y_crf, ignore_index)
+    mixed = beta * ce - (1 - beta) * log_h.max(1).values
+    bootstrap = weighted_mean(mixed, differ, group)
+    return weighted_mean(ce, agree, group) + weight * bootstrap
+
+
+def in_float32(cosine: Tensor) -> Tensor:
+    """At least: sums of exponentials in half precision lose the small ones."""
+    return cosine.to(torch.promote_types(cosine.dtype, torch.float32))
+
+
+def log_softmax(cosine: Tensor, temperature: float) -> Tensor:
+    """log H: (N, L, H, W)."""
+    return F.log_softmax(temperature * in_float32(cosine), 1)
+
+
+def at_label(scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """scores (N, L, H, W) of each pixel's label: (N, H, W). Void is read as
+    label 0, so nothing may count it.
+    """
+    channel = torch.where(labels == ignore_index, 0, labels.long())
+    return scores.gather(1, channel[:, None])[:, 0]
 
 
 def agreement(y_crf: Tensor, y_ret: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -58,82 +118,15 @@ def agreement(y_crf: Tensor, y_ret: Tensor, ignore_index: int) -> tuple[Tensor, 
     return known & (y_crf == y_ret), known & (y_crf != y_ret)
 
 
-class Total(torch.autograd.Function):
-    """The sum of a tensor over a group's processes. Its gradient is the sum of theirs: each has the whole loss."""
-
-    @staticmethod
-    def forward(ctx, values, group):
-        ctx.group, values = group, values.clone()
-        torch.distributed.all_reduce(values, group=group)
-        return values
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        torch.distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
-def weighted_mean(values: Tensor, weights: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """sum weights values / sum weights; 0 where all weights are 0. The sums run over the whole group, and so does
-    their gradient: DistributedDataParallel's mean of it over the processes is that of the whole batch.
-    """
-    above, below = (weights * values).sum(), weights.sum(dtype=values.dtype)
+def weighted_mean(values: Tensor, w: Tensor, group: Group = None) -> Tensor:
+    """sum w values / sum w over the whole group; 0 where w is 0 everywhere."""
+    sums = torch.stack(((w * values).sum(), w.sum(dtype=values.dtype)))
     if group is not None:
-        above, below = Total.apply(torch.stack((above, below)), group)
+        # Each process computes this same loss from its part. The gradient is
+        # that of all their losses: DistributedDataParallel's mean over the
+        # processes is then the gradient of the whole batch.
+        total = sums.detach().clone()
+        dist.all_reduce(total, group=group)
+        sums = total + dist.get_world_size(group) * (sums - sums.detach())
+    above, below = sums
     return above / torch.where(below > 0, below, 1)
-
-
-def noise_aware_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor, gamma: float = 7.0, weight: float = 0.1,
-                     temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
-    """L = L_ce + weight * L_wce: trust Y_crf where Y_ret agrees, elsewhere as far as the classifier does.
-
-        L_ce   = - mean over S of log H_{Y_crf(p)}(p)
-        L_wce  = - sum over ~S of sigma(p) log H_{c*}(p) / sum over ~S of sigma(p),  c* = Y_crf(p)
-        sigma  = (D_{c*}(p) / max_c D_c(p)) ^ gamma,  D_c(p) = 1 + cosine_c(p)
-
-    The gradient flows through sigma, too.
-    """
-    same, differ = agreement(y_crf, y_ret, ignore_index)
-    ce, given, highest = read_pixels(cosine, y_crf, temperature, ignore_index)
-    # Clamped: rounding takes a cosine of -1 below it, and a power of a negative number is NaN.
-    ratio = (1 + given).clamp(min=0) / (1 + highest).clamp(min=1e-6)
-    sigma = torch.where(differ, ratio, 0) ** gamma * differ
-    return weighted_mean(ce, same, group) + weight * weighted_mean(ce, sigma, group)
-
-
-def cross_entropy(cosine: Tensor, labels: Tensor,
-                  temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
-    """- mean over the pixels that have a label of log H_label(p)."""
-    ce, _, _ = read_pixels(cosine, labels, temperature, ignore_index)
-    return weighted_mean(ce, labels != ignore_index, group)
-
-
-def agreement_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
-                   temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
-    """L_ce alone: ~S is left out."""
-    same, _ = agreement(y_crf, y_ret, ignore_index)
-    ce, _, _ = read_pixels(cosine, y_crf, temperature, ignore_index)
-    return weighted_mean(ce, same, group)
-
-
-def entropy_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor, weight: float = 0.1,
-                 temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
-    """L_ce + weight * mean over ~S of the entropy - sum_c H_c log H_c (Grandvalet and Bengio, 2004)."""
-    _, differ = agreement(y_crf, y_ret, ignore_index)
-    log_h = F.log_softmax(temperature * cosine.to(torch.promote_types(cosine.dtype, torch.float32)), 1)
-    entropy = -(log_h.exp() * log_h).sum(1)
-    ce = agreement_loss(cosine, y_crf, y_ret, temperature, ignore_index, group)
-    return ce + weight * weighted_mean(entropy, differ, group)
-
-
-def bootstrap_loss(cosine: Tensor, y_crf: Tensor, y_ret: Tensor, weight: float = 0.1, beta: float = 0.8,
-                   temperature: float = 20.0, ignore_index: int = 255, group: ProcessGroup | None = None) -> Tensor:
-    """L_ce + weight * mean over ~S of - (beta log H_{Y_crf} + (1 - beta) log max_c H_c): hard bootstrapping,
-    which mixes the label with the network's own answer (Reed et al., 2015).
-    """
-    same, differ = agreement(y_crf, y_ret, ignore_index)
-    ce, given, highest = read_pixels(cosine, y_crf, temperature, ignore_index)
-    own = ce - temperature * (highest - given)  # - log max_c H_c
-    return weighted_mean(ce, same, group) + weight * weighted_mean(beta * ce + (1 - beta) * own, differ, group)

@@ -6,6 +6,7 @@ Reads data.root and runs/NAME/labels, or the folders that train_seg.labels names
 names a list of images whose true masks stand in for both labels: semi-supervised training.
 """
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -32,19 +33,17 @@ class Settings(engine.Training):
 
 
 def segmentation_loss(s: Settings, cosine: torch.Tensor, y_crf: torch.Tensor, y_ret: torch.Tensor) -> torch.Tensor:
-    """The loss that the settings name, of cosine (N, L, H, W) and labels (N, H, W) int64."""
-    common: dict = dict(temperature=s.temperature, group=engine.group())
-    if s.loss == "crf":
-        return losses.cross_entropy(cosine, y_crf, **common)
-    if s.loss == "ret":
-        return losses.cross_entropy(cosine, y_ret, **common)
-    if s.loss == "agree":
-        return losses.agreement_loss(cosine, y_crf, y_ret, **common)
-    if s.loss == "entropy":
-        return losses.entropy_loss(cosine, y_crf, y_ret, s.weight, **common)
-    if s.loss == "bootstrap":
-        return losses.bootstrap_loss(cosine, y_crf, y_ret, s.weight, **common)
-    return losses.noise_aware_loss(cosine, y_crf, y_ret, s.gamma, s.weight, **common)
+    """The loss that the settings name, of cosine (N, L, H, W) and labels (N, H, W)."""
+    maps = cosine, y_crf, y_ret
+    loss = {
+        "nal": partial(losses.noise_aware_loss, *maps, s.gamma, s.weight),
+        "crf": partial(losses.cross_entropy, cosine, y_crf),
+        "ret": partial(losses.cross_entropy, cosine, y_ret),
+        "agree": partial(losses.agreement_loss, *maps),
+        "entropy": partial(losses.entropy_loss, *maps, s.weight),
+        "bootstrap": partial(losses.bootstrap_loss, *maps, s.weight),
+    }[s.loss]
+    return loss(temperature=s.temperature, group=engine.group())
 
 
 def label_folders(config: SimpleNamespace) -> list[Path]:

@@ -145,10 +145,14 @@ def test_sigma_zero_everywhere_leaves_the_first_term():
 
 
 @pytest.mark.parametrize("name", TWO_LABELS)
-def test_gradcheck(name):
+def test_gradients_of_first_and_second_order(name):
     cosine, y_crf, y_ret = random_case(N=1, H=3, W=4)
-    # a low temperature: at 20 many gradients drown in the finite differences' rounding
-    assert torch.autograd.gradcheck(lambda c: getattr(losses, name)(c, y_crf, y_ret, temperature=4.0), cosine)
+
+    def loss(cosine):  # at a temperature of 20 many gradients drown in the finite differences' rounding
+        return getattr(losses, name)(cosine, y_crf, y_ret, temperature=4.0)
+
+    assert torch.autograd.gradcheck(loss, cosine)
+    assert torch.autograd.gradgradcheck(loss, cosine)
 
 
 def test_one_label_alone():
@@ -160,22 +164,25 @@ def test_one_label_alone():
     assert loss.item() == 0 and not cosine.grad.any()
 
 
-def test_more_labels_than_a_byte_counts():
-    cosine, y_crf, y_ret = random_case(N=1, L=257, H=2, W=3, differ=1.0, void=0)
-    with torch.no_grad():
-        cosine[:, 256] = 0.999  # the highest, whose place is kept for the gradient
-    same("noise_aware_loss", cosine, y_crf, y_ret)
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_uint8_labels(name):
+    """As PNGs hold them, both or either; 200 labels: the last ones are no negative numbers."""
+    cosine, y_crf, y_ret = random_case(L=200)
+    for labels in ((y_crf.byte(), y_ret.byte()), (y_crf.byte(), y_ret), (y_crf, y_ret.byte())):
+        same(name, cosine, *labels)
 
 
-@pytest.mark.parametrize("L", [4, 256])
-def test_kept_until_backward(L):
-    """Of cosine's size nothing but cosine itself; of the highest label's place a byte a pixel."""
-    cosine, y_crf, y_ret = random_case(L=L)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+def test_uint8_labels_of_cross_entropy():
+    cosine, labels, _ = random_case(L=200)
+    same("cross_entropy", cosine, labels.byte())
+
+
+@pytest.mark.parametrize("label", [4, -1, 254])
+def test_a_label_that_does_not_exist_is_an_error(label):
+    cosine, y_crf, y_ret = random_case(L=4)
+    y_crf[0, 0, 0] = label
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         losses.noise_aware_loss(cosine, y_crf, y_ret)
-    assert {t.data_ptr() for t in kept if t.numel() >= cosine.numel()} == {cosine.data_ptr()}
-    assert [t.shape for t in kept if t.dtype == torch.uint8] == [y_crf.shape]
 
 
 def test_sigma_is_not_detached():
@@ -228,3 +235,19 @@ def test_noise_aware_loss_under(under):
     ours, theirs = value_and_gradient(loss, single), value_and_gradient(expected, cosine)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours[1].double(), theirs[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_a_gradient_for_each_image_by_torch_func(name):
+    """vmap over the images of a batch, each a batch of one."""
+    cosine, y_crf, y_ret = random_case(N=3)
+
+    def loss(cosine, *labels):
+        return getattr(losses, name)(cosine[None], *(y[None] for y in labels))
+
+    gradients, values = torch.func.vmap(torch.func.grad_and_value(loss))(cosine.detach(), y_crf, y_ret)
+    for n, found in enumerate(zip(values, gradients)):
+        image = cosine[n:n + 1].detach().requires_grad_()
+        expected = value_and_gradient(getattr(reference, name)(image, y_crf[n:n + 1], y_ret[n:n + 1]), image)
+        for ours, theirs in zip(found, (expected[0], expected[1][0])):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)

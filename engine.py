@@ -75,7 +75,7 @@ class Run:
 @dataclass
 class Training:
     """Settings that stages 1 and 3 share. The defaults are the paper's."""
-    backbone: str = "vgg16"  # vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME
+    backbone: str = "vgg16"  # vgg16, vgg16_bn, resnet50, resnet101, resnet152, resnet101_caffe, timm/NAME
     weights: str = "imagenet"  # imagenet, caffe (the authors', for vgg16), none, or a file
     width: float = 1.0  # of vgg16: a factor on every layer's channels
     dropout: float = 0.5  # of vgg16: share of fc6's and fc7's channels; a narrow network from scratch needs 0

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import pickle
+import re
 import struct
 import tempfile
 from collections import OrderedDict
@@ -349,10 +350,6 @@ def state_of(content: object, source: str | os.PathLike) -> State:
         raise WeightsError(f"{source}: named as a network of Caffe's, but not of its shapes") from None
 
 
-def read_state(source: str | os.PathLike) -> State:
-    return state_of(read_file(source), source)
-
-
 def caffe_file() -> str:
     """The authors' vgg_caffe.pth in torch.hub's cache: fetched once, checked each time."""
     path = Path(torch.hub.get_dir(), "checkpoints", "vgg_caffe.pth")
@@ -416,27 +413,61 @@ def vgg16_from_caffe(state: State) -> State:
     return cut_vgg16(renamed)
 
 
+def resnet_from_caffe(state: State) -> State:
+    """kazuto1011's layer1.conv1.conv.weight, layer2.block1.reduce.conv.weight ... in the names of `resnet`."""
+    units = {"layer1.conv1.conv": "conv1", "layer1.conv1.bn": "bn1",
+             "shortcut.conv": "downsample.0", "shortcut.bn": "downsample.1"}
+    for number, unit in enumerate(("reduce", "conv3x3", "increase"), 1):
+        units |= {f"{unit}.conv": f"conv{number}", f"{unit}.bn": f"bn{number}"}
+    renamed = {}
+    for name, value in state.items():
+        name = re.sub(r"layer(\d)\.block(\d+)", lambda m: f"layer{int(m[1]) - 1}.{int(m[2]) - 1}", name)
+        for theirs, ours in units.items():
+            name = name.replace(theirs, ours)
+        renamed[f"caffe.{name}"] = value
+    return renamed
+
+
 def from_caffe(state: State) -> State:
-    """A state dict in the names of Caffe's converted files, for BGR, in the names of `Network`, for RGB; any other
-    as it is. Names may begin with backbone. (the authors' code), base. or scale. (kazuto1011's).
+    """A network in the names of Caffe's converted files, for BGR, in the names of `Network`, for RGB; another state
+    dict as it is. What comes before the names (backbone., base., scale.) is cut off. Classifiers of Caffe's own go.
     """
-    first = "conv1_1.weight"
-    prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), None)
-    if prefix is None:
-        return state
-    body = {name.removeprefix(prefix): value for name, value in state.items()
-            if name.startswith(prefix) and not name.startswith((f"{prefix}fc8", "classifier."))}
-    body[first] = body[first].flip(1)
-    renamed = {f"backbone.{name}": value for name, value in vgg16_from_caffe(body).items()}
-    if "classifier.weight" in state:
-        renamed["classifier.weight"] = state["classifier.weight"].flatten(1)
-    return renamed | {key: torch.tensor(value).view(3, 1, 1) for key, value in CAFFE.items()}
+    for first, rename in (("conv1_1.weight", vgg16_from_caffe), ("layer1.conv1.conv.weight", resnet_from_caffe)):
+        prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), None)
+        if prefix is None:
+            continue
+        body, renamed = {}, {}
+        for name, value in state.items():
+            layer = name.removeprefix(prefix)
+            if name == "classifier.weight":
+                renamed[name] = value.flatten(1)
+            elif layer.startswith("aspp.c"):
+                renamed[f"head.branches.{layer.removeprefix('aspp.c')}"] = value
+            elif not layer.startswith(("fc.", "fc8")):
+                body[layer] = value
+        body[first] = body[first].flip(1)
+        renamed |= {f"backbone.{name}": value for name, value in rename(body).items()}
+        return renamed | {key: torch.tensor(value).view(3, 1, 1) for key, value in CAFFE.items()}
+    return state
 
 
 def resnet(name: str) -> nn.Sequential:
-    module = torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=(False, True, True))
-    body = nn.Sequential(OrderedDict((n, m) for n, m in module.named_children() if n not in ("avgpool", "fc")))
-    body.channels = module.fc.in_features
+    """torchvision's ResNet at stride 8, computing what its weights were trained for: where a stride of 2 went, all
+    convolutions behind it read every other cell. Of a stage's first block torchvision's have the stride in the 3x3,
+    which itself still reads neighbours; resnet101_caffe, for the original weights, in the 1x1 before that.
+    """
+    net = torchvision.models.get_model(name.removesuffix("_caffe"), weights=None,
+                                       replace_stride_with_dilation=(False, True, True))
+    body = nn.Sequential(OrderedDict(list(net.named_children())[:-2]))  # without avgpool and fc
+    if name.endswith("_caffe"):  # the original's first pool has ceil_mode: at sides of 8 k + 1 that changes nothing
+        for first, second, *_ in (net.layer1, net.layer2, net.layer3, net.layer4):
+            first.conv1.stride, first.conv2.stride = first.conv2.stride, (1, 1)
+            first.conv2.dilation = first.conv2.padding = second.conv2.dilation
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.001  # in Caffe's terms 0.999; the authors train it, here freeze_norm: false does
+        body = nn.Sequential(OrderedDict(caffe=body))  # other names: neither kind takes the other's weights
+    body.channels = net.fc.in_features
     return body
 
 
@@ -489,7 +520,7 @@ def build_backbone(name: str, weights: str | os.PathLike = "none", dilation: int
         if name != "vgg16":
             raise WeightsError(f"weights: caffe is for vgg16 alone, not for {name}; use imagenet, none or a file")
         source = caffe_file()
-    state = {} if source in ("none", "imagenet") else read_state(source)
+    state = {} if source in ("none", "imagenet") else state_of(read_file(source), source)
     own = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     if own and {"mean", "std"} <= set(state):  # a Network's, or once in Caffe's names
         module, _, _ = build_backbone(name, "none", dilation, width, dropout)
@@ -497,11 +528,15 @@ def build_backbone(name: str, weights: str | os.PathLike = "none", dilation: int
         return module, colours, load(module, own, source, optional=("fc6", "fc7"))
     if name.startswith("timm/"):
         return timm_backbone(name.removeprefix("timm/"), source, state)
-    if not vgg and name not in ("resnet50", "resnet101", "resnet152"):
-        raise WeightsError(f"backbone: {name!r} is none of vgg16, vgg16_bn, resnet50, resnet101, resnet152, timm/NAME")
+    caffe = name.endswith("_caffe")
+    if not vgg and name.removesuffix("_caffe") not in ("resnet50", "resnet101", "resnet152"):
+        raise WeightsError(f"backbone: {name!r} is none of vgg16, vgg16_bn, resnet50, resnet101, resnet152, "
+                           "resnet101_caffe, timm/NAME")
     module = VGG16(dilation, width, name == "vgg16_bn", dropout) if vgg else resnet(name)
     if source == "none":
-        return module, IMAGENET, set()
+        return module, CAFFE if caffe else IMAGENET, set()
+    if caffe and not state:
+        raise WeightsError(f"weights: imagenet does not exist for {name}; use a file in kazuto1011's names, or none")
     state = state or torchvision_weights(name)
     try:
         state = cut_vgg16(state) if vgg else {n: v for n, v in state.items() if not n.startswith("fc.")}
@@ -514,11 +549,12 @@ def build_backbone(name: str, weights: str | os.PathLike = "none", dilation: int
 
 
 class ASPP(nn.Module):
-    """DeepLab-V2's head: four 3x3 convolutions at rates 6, 12, 18, 24, summed, ReLU."""
+    """DeepLab-V2's head: four 3x3 convolutions at rates 6, 12, 18, 24, without biases, summed, ReLU."""
 
     def __init__(self, inputs, channels=256, rates=(6, 12, 18, 24)):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Conv2d(inputs, channels, 3, padding=r, dilation=r) for r in rates)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(inputs, channels, 3, padding=r, dilation=r, bias=False) for r in rates)
         self.channels = channels
 
     def forward(self, x):
@@ -528,7 +564,7 @@ class ASPP(nn.Module):
 class Network(nn.Module):
     """What the classifier and the segmenter share: images -> features (N, C, h, w) at stride 8.
 
-    backbone: vgg16, vgg16_bn, resnet50, resnet101, resnet152 or timm/NAME.
+    backbone: vgg16, vgg16_bn, resnet50, resnet101, resnet152, resnet101_caffe (of the original weights) or timm/NAME.
     weights: imagenet (torchvision's or timm's), caffe (the authors', for vgg16), none, or a file: of such weights, or
     of a network, this class's or the authors', whose backbone is taken. Raises WeightsError where these cannot be had.
     width: a factor on VGG-16's channels. dropout: share of VGG-16's fc6 and fc7 channels dropped in training.

@@ -452,14 +452,14 @@ def test_resnet_is_deeplab_v2():
         assert first.conv2.stride == first.downsample[0].stride == (1, 1)
     branches = list(model.head.branches)
     assert [b.dilation[0] for b in branches] == [b.padding[0] for b in branches] == [6, 12, 18, 24]
-    assert all(b.weight.shape == (256, 2048, 3, 3) for b in branches)
+    assert all(b.weight.shape == (256, 2048, 3, 3) and b.bias is None for b in branches)
     x = random_images(1, 2048, 5, 5)
     torch.testing.assert_close(model.head(x), sum(b(x) for b in branches).relu())
 
 
 @pytest.mark.parametrize("model, backbone", [
     (BoxClassifier, "vgg16"), (DeepLab, "vgg16"), (DeepLab, "vgg16_bn"), (DeepLab, "resnet50"),
-    (DeepLab, "timm/tf_efficientnet_lite0")])
+    (DeepLab, "resnet50_caffe"), (DeepLab, "timm/tf_efficientnet_lite0")])
 def test_cell_j_lies_on_pixel_8j(model, backbone):
     """9 x 9 cells for 65 x 65 pixels; the mirrored network on the mirrored image gives the mirrored map."""
     if backbone.startswith("timm/"):
@@ -748,6 +748,7 @@ def test_file_without_weights(tmp_path, backbone):
 
 def test_weights_that_cannot_be_had(hub):
     for backbone, weights in [("vgg16", "imagenet"), ("resnet50", "imagenet"), ("vgg17", "none"),
+                              ("resnet101_caffe", "imagenet"), ("vgg16_caffe", "none"),
                               ("resnet50", "caffe"), ("vgg16_bn", "caffe"), ("timm/no_such_network", "none")]:
         with pytest.raises(WeightsError) as error:
             DeepLab(3, backbone=backbone, weights=weights)

@@ -516,7 +516,16 @@ def open_data(config: SimpleNamespace, split: str, boxes: bool = True, **setting
 
 def read(config: SimpleNamespace, dataset: Dataset) -> DataLoader:
     """The samples of a dataset, one by one, read in worker processes."""
-    return DataLoader(dataset, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_interrupts)
+    return in_workers(config, dataset, batch_size=None)
+
+
+def in_workers(config: SimpleNamespace, dataset: Dataset, **options) -> DataLoader:
+    """torch's loader of a dataset. On Linux its worker processes are forked, as was the default before Python 3.14:
+    any others would be sent the dataset, each tensor of boxes as an open file, and some 250 are allowed."""
+    workers = config.run.workers
+    context = "fork" if workers and sys.platform == "linux" else None
+    return DataLoader(dataset, num_workers=workers, multiprocessing_context=context,
+                      worker_init_fn=ignore_interrupts, **options)
 
 
 def ignore_interrupts(worker: int | None = None) -> None:
@@ -704,9 +713,8 @@ def train(config: SimpleNamespace, script: str, settings: Training, network: mod
     batches = [list(range(first, first + settings.batch)[rank()::processes()])
                for first in range(state["iteration"] * settings.batch, len(stream), settings.batch)]
     # A generator of its own: the loader draws from it on its start, which must not shift the dropout of a resumed run.
-    loader = DataLoader(stream, batch_sampler=batches, num_workers=config.run.workers, collate_fn=datasets.collate,
-                        pin_memory=config.device.type == "cuda", worker_init_fn=ignore_interrupts,
-                        generator=torch.Generator())
+    loader = in_workers(config, stream, batch_sampler=batches, collate_fn=datasets.collate,
+                        pin_memory=config.device.type == "cuda", generator=torch.Generator())
     progress = bar(loader, script, initial=state["iteration"], total=settings.iterations)
     unread = []  # ids and losses of iterations whose numbers have not left the device
     for iteration, batch in enumerate(progress, state["iteration"] + 1):

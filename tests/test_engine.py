@@ -1,8 +1,10 @@
 """Settings, files, scores and the training loop that the scripts share."""
 import dataclasses
 import math
+import multiprocessing
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,3 +326,15 @@ def test_claim(tmp_path):
     (tmp_path / "labels" / "made_with.json").write_text("{")
     with pytest.raises(engine.UsageError, match="not what this program wrote"):
         claimed(tmp_path)
+
+
+def test_workers_read_a_dataset_of_many_tensors_whatever_pythons_way_to_start_them():
+    """Python 3.14's way sends them each tensor as an open file, of at most 256."""
+    default = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        config = SimpleNamespace(run=SimpleNamespace(workers=1))
+        dataset = [torch.tensor([number]) for number in range(300)]
+        assert [int(number) for number in engine.read(config, dataset)] == list(range(300))
+    finally:
+        multiprocessing.set_start_method(default, force=True)

@@ -11,7 +11,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(PY) -m ruff check .
-	$(PY) -m mypy *.py
+	$(PY) -m mypy *.py tools/*.py
 	$(PY) -m pytest tests -n auto --dist loadfile
 
 # pydensecrf2 asks for a Cython to build with that knows no Python after 3.12: it gets today's, without isolation.

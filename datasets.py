@@ -18,10 +18,12 @@ import os
 import re
 import reprlib
 import shutil
+import struct
 import sys
 import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +45,8 @@ MOST_PIXELS = 50_000_000  # of one image: more is taken for a decompression bomb
 LEAST_SIDE = 0.01  # pixels of a box: of a thinner one float32 may see nothing
 MOST_JSON = 2 ** 30  # bytes of a COCO file
 MIN_BACKGROUND = 0.125  # share at or under which models.BAP pools an image plainly
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+                RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow's decoders raise
 ENDINGS = ".jpg", ".jpeg", ".png", ".bmp", ".webp"  # of images, in any case
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
@@ -187,7 +191,9 @@ def _open(path, read):
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             return read(image)
-    except Exception as error:  # of a broken file, Pillow's decoders raise a dozen kinds
+    except BROKEN_IMAGE as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the machine's: a disk or a permission
         reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())[:200]
         raise DataError(f"{path}: broken image file ({reason}); fetch or save it again") from None
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -468,13 +468,13 @@ def show_tensorboard(folder: Path, stage: str, iteration: int | None, values: di
 
 
 def read_checkpoint(path: Path) -> dict:
+    if not path.exists():
+        raise UsageError(f"{path} is missing: make it with python {MADE_BY[path.name]}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing: make it with python {MADE_BY[path.name]}") from None
-    except Exception:
+        content = models.read_file(path)
+    except models.WeightsError:
         raise UsageError(f"{path}: not a checkpoint; delete it, then run python {MADE_BY[path.name]}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def load_network(config: SimpleNamespace, name: str, network: Some, settings: Training, weights: str = "") -> Some:
@@ -780,7 +780,7 @@ def random_states(config: SimpleNamespace) -> list[list[torch.Tensor]]:
 
 def resume(config: SimpleNamespace, partial: Path, state: dict, parts: dict) -> None:
     try:
-        saved = torch.load(partial, map_location="cpu", weights_only=True)
+        saved: Any = models.read_file(partial)
         if saved["settings"] != state["settings"] and config.run.overwrite:
             return
         check_unchanged(partial, saved["settings"], state["settings"])
@@ -791,9 +791,9 @@ def resume(config: SimpleNamespace, partial: Path, state: dict, parts: dict) -> 
             torch.set_rng_state(cpu)
             for random in gpu if config.device.type == "cuda" else ():
                 torch.cuda.set_rng_state(random, config.device)
-    except UsageError:
+    except (UsageError, torch.cuda.OutOfMemoryError):
         raise
-    except Exception:
+    except models.BROKEN:
         raise UsageError(f"{partial}: cannot be read; delete it to start this stage anew") from None
     state["iteration"] = saved["iteration"]
     print(f"going on from iteration {state['iteration']} ({partial})")

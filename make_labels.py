@@ -204,7 +204,7 @@ def main(config: SimpleNamespace) -> None:
         if engine.rank():
             continue
         count = result["Ycrf"]["images"]
-        engine.write_json(path, engine.read_json(path) | {split: {"images": count, **result}})
+        engine.write_json(path, engine.read_json(path) | {split: result})
         engine.show(f"labels of {split}, {count} images with a true mask of {len(dataset)}", result)
         engine.log(config, stage="make_labels", split=split, **{kind: result[kind]["miou"] for kind in KINDS})
 

@@ -500,7 +500,9 @@ def timm_backbone(name, source, state):
                                    pretrained=source != "none", **file)
     except WeightsError:
         raise
-    except Exception as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, OSError) as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, NO_NETWORK):
+            raise  # the machine's
         raise WeightsError(f"backbone timm/{name}: timm says: {' '.join(str(error).split())}") from None
     for layer in module.modules():
         if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1 and layer.dilation != (1, 1):

@@ -83,7 +83,7 @@ def main(config: SimpleNamespace) -> None:
         check_labels(dataset)
 
     def losses_of(network, batch):
-        labels = batch["masks"].to(batch["image"].device, non_blocking=True).long()
+        labels = batch["masks"].to(batch["image"].device, non_blocking=True)
         y_crf, y_ret = labels[:, 0], labels[:, -1]
         return {"loss": segmentation_loss(s, network(batch["image"]), y_crf, y_ret)}
 

@@ -24,22 +24,18 @@ REPORT = ["make_labels.splits=[Segmentation/trainval, Segmentation/test]"]
 QUERIES = {"any": 1e-5, "half": 0.5, "whole": 1.0}  # feature cells
 ROWS = {"": [], "_nou0": ["make_labels.u0=false"],
         "_nothing": ["make_labels.u0=false", "make_labels.threshold=0"]}
+PLAIN = {"": []}
 
 
 def study(name):
-    """A study's runs, in order: (name of the run, its settings, models.LEAST_QUERY, the run whose cls.pt it takes)."""
+    """A study's classifiers, in order: (name of the run, its settings, models.LEAST_QUERY, rows of labels)."""
     if name == "queries":
-        return [(f"queries_{kind}_{seed}", [*CHOOSE, f"run.seed={seed}", "train_cls.iterations=250"], least, None)
+        return [(f"queries_{kind}_{seed}", [*CHOOSE, f"run.seed={seed}", "train_cls.iterations=250"], least, PLAIN)
                 for seed in SEEDS for kind, least in QUERIES.items()]
     if name == "length":
-        return [(f"length_{n}", [*CHOOSE, f"train_cls.iterations={n}"], None, None) for n in (2000, 4000)]
-    runs = []
-    for seed in SEEDS:
-        for pooling in ("gap", "bap"):
-            common = [*REPORT, f"run.seed={seed}", f"train_cls.pooling={pooling}"]
-            first = f"{pooling}_{seed}"
-            runs += [(first + row, common + changes, None, first if row else None) for row, changes in ROWS.items()]
-    return runs
+        return [(f"length_{n}", [*CHOOSE, f"train_cls.iterations={n}"], None, PLAIN) for n in (2000, 4000)]
+    return [(f"{pooling}_{seed}", [*REPORT, f"run.seed={seed}", f"train_cls.pooling={pooling}"], None, ROWS)
+            for seed in SEEDS for pooling in ("gap", "bap")]
 
 
 def stage(script, run, settings, least):
@@ -57,33 +53,28 @@ def stage(script, run, settings, least):
         sys.exit(f"{folder}/log.txt: {script}.py ended with status {done.returncode}")
 
 
-def carry_out(run, settings, least, source):
-    """Classifier and labels of one run; a run with a source takes its classifier, by a link, which must be there."""
-    if source is None:
-        stage("train_cls", run, settings, least)
-    else:
-        folder = Path("runs", f"voc2007_{run}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "cls.pt").exists():
-            (folder / "cls.pt").symlink_to(Path("..", f"voc2007_{source}", "cls.pt"))
-    stage("make_labels", run, settings, least)
+def carry_out(run, settings, least, rows):
+    """A classifier, and at once the labels of each row that it makes: it has its scores before another begins."""
+    stage("train_cls", run, settings, least)
+    for row, changes in rows.items():
+        weights = [f"make_labels.weights=runs/voc2007_{run}/cls.pt"] if row else []
+        stage("make_labels", run + row, settings + changes + weights, least)
 
 
 def table(runs):
     """mIoU of each run's labels on each list that it scored, as Markdown."""
     print("| run | list | images | box | Ycrf | Yret |\n|---|---|---|---|---|---|")
-    for run, *_ in runs:
+    for run in (run + row for run, _, _, rows in runs for row in rows):
         path = Path("runs", f"voc2007_{run}", "labels/scores.json")
         for split, scores in json.loads(path.read_text()).items():
             cells = " | ".join(f"{scores[kind]['miou']:.1f}" for kind in ("box", "Ycrf", "Yret"))
-            print(f"| {run} | {split} | {scores['images']} | {cells} |")
+            print(f"| {run} | {split} | {scores['Ycrf']['images']} | {cells} |")
 
 
 def main(name, settings):
     runs = study(name)
-    for now in ([run for run in runs if run[3] is None], [run for run in runs if run[3]]):
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda run: carry_out(run[0], run[1] + settings, *run[2:]), now))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda run: carry_out(run[0], run[1] + settings, *run[2:]), runs))
     table(runs)
 
 

@@ -175,7 +175,7 @@ def test_a_list_is_scored_on_the_images_that_have_a_mask(work, tmp_path):
         assert command("eval", f"eval.split={split}", cwd=tmp_path).returncode == 0
     labels = json.loads((tmp_path / "runs/shapes/labels/scores.json").read_text())
     assert labels["Main/whole"] == labels["whole"] == labels["masked"]
-    assert labels["whole"]["images"] == len(names) - 1
+    assert labels["whole"]["Ycrf"]["images"] == len(names) - 1
     assert f"labels of masked, {len(names) - 1} images" in done.stdout
     segmenter = json.loads((tmp_path / "runs/shapes/eval.json").read_text())
     assert segmenter["Main/whole, plain"]["iou"] == segmenter["masked, plain"]["iou"]

@@ -99,7 +99,8 @@ def test_no_permission_to_read(folder):
     image = sorted((folder / "data/shapes/JPEGImages").iterdir())[0]
     image.chmod(0)
     done = command("make_labels", "run.workers=0", cwd=folder, before=without_privilege())
-    assert done.returncode == 2 and image.name in last_line(done) and "Permission denied" in last_line(done)
+    assert done.returncode == 1 and image.name in last_line(done) and "Permission denied" in last_line(done)
+    assert "broken" not in last_line(done)  # the machine's fault, not the file's
 
 
 def begin(script, *arguments, cwd):

@@ -167,7 +167,7 @@ METRICS = """
 {"time": 5, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.7}
 {"time": 6, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.5}
 """
-SCORES = {"val": {"images": 2, **{kind: {"miou": miou, "iou": {"background": 90.0, "bar": iou, "ring": None}}
+SCORES = {"val": {**{kind: {"miou": miou, "iou": {"background": 90.0, "bar": iou, "ring": None}}
                                   for kind, miou, iou in (("box", 50, 10), ("Ycrf", 60, 30), ("Yret", 55, 20))}}}
 RESULTS = {"val, plain": {"split": "val", "method": "plain", "miou": 47.5, "iou": {"background": 80, "bar": 15,
                                                                                   "ring": 0.0}},

@@ -1,4 +1,4 @@
-# make demo: the whole method on the shapes set, about six minutes on two cores.   make test: every test.
+# make demo: the whole method on the shapes set, about five minutes on two cores.   make test: every test.
 # Both set themselves up: a .venv from requirements.txt (tests: requirements-dev.txt too).
 PYTHON ?= python3
 PY = .venv/bin/python

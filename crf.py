@@ -1,4 +1,5 @@
-"""The fully connected CRF (Kraehenbuehl and Koltun, 2011), which sharpens the labels and the predictions.
+"""The fully connected CRF (Kraehenbuehl and Koltun, 2011), which sharpens the
+pseudo labels and the predictions.
 
 One file to copy: it needs numpy and pydensecrf (from PyPI: pydensecrf2).
 """
@@ -9,29 +10,40 @@ import pydensecrf.densecrf as densecrf
 from pydensecrf.utils import unary_from_softmax
 
 
-def dense_crf(image: np.ndarray, probabilities: np.ndarray, bilateral: Sequence[float] = (4.0, 55.0, 3.0),
-              gaussian: Sequence[float] = (3.0, 3.0), iterations: int = 10) -> np.ndarray:
-    """Mean-field inference with -log probabilities as unaries and two Potts terms.
+def dense_crf(
+        image: np.ndarray, probabilities: np.ndarray,
+        bilateral: Sequence[float] = (4.0, 55.0, 3.0),
+        gaussian: Sequence[float] = (3.0, 3.0),
+        iterations: int = 10) -> np.ndarray:
+    """Mean-field inference with -log probabilities as unaries and two Potts
+    terms. The defaults are the paper's for labels.
 
-    image (H, W, 3): uint8 RGB, the picture itself, without normalisation.
-    probabilities (L, H, W): positive, summing to 1 over L (up to rounding).
-    bilateral: weight, standard deviations in pixels and in colour (0..255); gaussian: weight, pixels.
-    The defaults are the paper's for labels.
-    Returns the marginals (L, H, W), float32. Raises ValueError for arrays of other shapes or types.
+    image (H, W, 3): uint8 RGB, the picture itself, not normalised.
+    probabilities (L, H, W): positive, summing to 1 over L up to rounding.
+    bilateral: weight, standard deviations in pixels and in colour (0..255).
+    gaussian: weight, standard deviation in pixels.
+
+    Returns the marginals (L, H, W), float32. Raises ValueError for arrays of
+    other shapes or types.
     """
     image, probabilities = np.asarray(image), np.asarray(probabilities)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image is {image.dtype} {image.shape}, not uint8 (H, W, 3)")
-    if probabilities.dtype.kind != "f" or probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2]:
-        raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}, "
-                         f"not float (L, {image.shape[0]}, {image.shape[1]})")
-    labels, height, width = probabilities.shape
+        raise ValueError(
+            f"image is {image.dtype} {image.shape}, not uint8 (H, W, 3)")
+    shape, (height, width) = probabilities.shape, image.shape[:2]
+    if probabilities.dtype.kind != "f" or shape[1:] != (height, width):
+        raise ValueError(f"probabilities are {probabilities.dtype} {shape}, "
+                         f"not float (L, {height}, {width})")
+    labels = shape[0]
     if labels == 1:
-        return np.ones(probabilities.shape, np.float32)
+        return np.ones(shape, np.float32)
     crf = densecrf.DenseCRF2D(width, height, labels)
-    unary = unary_from_softmax(probabilities.astype(np.float32), clip=1e-5)  # so that no label is forbidden for good
+    # Clipped, so that no label is forbidden for good.
+    unary = unary_from_softmax(probabilities.astype(np.float32), clip=1e-5)
     crf.setUnaryEnergy(np.ascontiguousarray(unary))
     crf.addPairwiseGaussian(sxy=gaussian[1], compat=gaussian[0])
-    crf.addPairwiseBilateral(sxy=bilateral[1], srgb=bilateral[2], compat=bilateral[0],
-                             rgbim=np.array(image, order="C"))
-    return np.array(crf.inference(iterations), np.float32).reshape(labels, height, width)
+    crf.addPairwiseBilateral(
+        sxy=bilateral[1], srgb=bilateral[2], compat=bilateral[0],
+        rgbim=np.array(image, order="C"))
+    marginals = np.array(crf.inference(iterations), np.float32)
+    return marginals.reshape(shape)

@@ -1,211 +1,252 @@
-"""Stage 4: mean IoU of the segmenter, or of any folder of label images; predictions and panels as pictures.
+"""Stage 4: mean IoU of the segmenter, or of any folder of label images;
+predictions and panels as pictures.
 
     python eval.py [CONFIG.yaml] [key=value ...]
     python eval.py labels=FOLDER split=LIST
-    python eval.py 'images=photos/*.jpg'
-    python eval.py split=test submit=results.tgz
+    python eval.py images=PHOTOS
 
-Reads data.root and runs/NAME/seg.pt, or the file `weights`; writes runs/NAME/eval.json, predictions/METHOD/ID.png and
-what pictures.py draws; of images, pictures/METHOD/NAME.png and NAME_overlay.png; with submit, the archive that VOC's
-evaluation server takes.
+Reads data.root and runs/NAME/seg.pt, or the file eval.weights; writes
+runs/NAME/eval.json, predictions/METHOD/ID.png and what pictures.py draws; of
+photographs, pictures/METHOD/NAME.png and NAME_overlay.png.
 """
 import glob
-import io
-import tarfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Subset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 import datasets
 import engine
 import models
 import pictures
+import runs
 from crf import dense_crf
+from settings import UsageError
 
 
-@dataclass
-class Settings:
-    """Section `eval` of the YAML file. The paper's headline: scales [0.5, 0.75, 1, 1.5], flip and crf."""
-    weights: str = ""  # a file of the segmenter, of another run or in the authors' names; none: runs/NAME/seg.pt
-    split: str = ""  # list to score; none: data.val
-    labels: str = ""  # score this folder's ID.png instead of the segmenter's predictions
-    images: str = ""  # segment these pictures instead of a list's: a path, with * for many
-    submit: str = ""  # instead of scores, an archive for VOC's evaluation server: a file.tgz
-    scales: list[float] = field(default_factory=lambda: [1.0])
-    flip: bool = False  # each scale also mirrored
-    crf: bool = False
-    crf_bilateral: list[float] = field(default_factory=lambda: [4.0, 121.0, 5.0])  # weight, pixels, colour
-    crf_gaussian: list[float] = field(default_factory=lambda: [3.0, 3.0])  # weight, pixels
-    crf_iterations: int = 10
-    crf_margin: float = 3.0  # a label whose log probability nowhere comes this near the highest is left out of the CRF
-    panels: int = 8  # rows of panels.png; 0: none is drawn
-    photos: bool = True  # false: panels.png without the images, where they may not be shown
+class Photos(Dataset):
+    """Any image files: samples of id, size (H, W) and image (3, H, W) uint8,
+    no longer than max_side; or of id and fault, where a file is no image.
 
+    pattern: a file, a folder, or a path with * for many. An id is the file's
+    name without its ending; equal names get their folder's before them.
+    """
 
-def method(s: Settings) -> str:
-    """What is measured, in words: plain, or what is added to it."""
-    parts = [f"scales {' '.join(f'{v:g}' for v in s.scales)}"] * (s.scales != [1]) + ["flip"] * s.flip + ["CRF"] * s.crf
-    return " + ".join(parts) or "plain"
-
-
-def prediction_folder(config: SimpleNamespace) -> Path:
-    """runs/NAME/predictions/METHOD, or pictures/METHOD."""
-    kind = "pictures" if config.eval.images else "predictions"
-    return config.path / kind / method(config.eval).replace(" + ", "_").replace(" ", "_")
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Any image files: samples of id, the file's name without its ending, and image (3, H, W) uint8."""
-
-    def __init__(self, pattern: str):
-        found = sorted(glob.glob(pattern))
-        self.paths = {Path(path).stem: Path(path) for path in found}
+    def __init__(self, pattern: str, max_side: int):
+        place = Path(pattern)
+        if place.is_dir():
+            paths = sorted(p for p in place.iterdir() if p.name[0] != ".")
+        else:
+            found = [place] if place.exists() else map(Path,
+                                                       glob.glob(pattern))
+            paths = sorted(found)
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            raise UsageError(f"eval.images: {pattern}: no such files")
+        self.paths = dict(zip(unique_names(paths), paths, strict=True))
         self.ids = list(self.paths)
-        if len(self.ids) != len(found) or not found:
-            raise engine.UsageError(f"eval.images: {pattern}: no such files, or two of one name")
+        self.max_side = max_side
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
-        image = datasets.read_image(self.paths[self.ids[index]])
-        return {"id": self.ids[index], "image": torch.from_numpy(image.transpose(2, 0, 1).copy())}
+        name = self.ids[index]
+        try:
+            pixels = datasets.read_image(self.paths[name])
+        except datasets.DataError as fault:
+            return {"id": name, "fault": str(fault)}
+        size = pixels.shape[:2]
+        if max(size) > self.max_side:
+            photo = Image.fromarray(pixels)
+            photo.thumbnail((self.max_side, self.max_side))
+            pixels = np.asarray(photo)
+        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return {"id": name, "size": size, "image": image}
+
+
+def unique_names(paths: list[Path]) -> list[str]:
+    """Stems; where two are equal, with their folder's name before them, and
+    where that is equal, too, with their ending behind.
+    """
+    names = [path.stem for path in paths]
+    longer = [[f"{path.absolute().parent.name}_{path.stem}" for path in paths],
+              [f"{path.absolute().parent.name}_{path.stem}_{path.suffix[1:]}"
+               for path in paths]]
+    for others in longer:
+        counts = Counter(names)
+        names = [other if counts[name] > 1 else name
+                 for name, other in zip(names, others)]
+    return names
 
 
 @torch.inference_mode()
-def predict(network: models.DeepLab, image: torch.Tensor, scales: list[float], flip: bool) -> torch.Tensor:
-    """image (3, H, W) uint8 -> cosine maps (L, H, W), the mean over scales and mirror images."""
+def predict(network: models.DeepLab, image: Tensor, scales: tuple[float, ...],
+            flip: bool) -> Tensor:
+    """image (3, H, W) uint8 -> cosine maps (L, H, W), the mean over scales
+    and mirror images.
+    """
     size, views = image.shape[1:], []
     for scale in scales:
-        scaled = image[None].float() / 255
+        view = image[None].float() / 255
         if scale != 1:
-            scaled = F.interpolate(scaled, [max(1, round(scale * side)) for side in size], mode="bilinear",
-                                   align_corners=False)
+            scaled = [max(1, round(scale * side)) for side in size]
+            view = F.interpolate(view, scaled, mode="bilinear",
+                                 align_corners=False)
         if flip:
-            scaled = torch.cat((scaled, scaled.flip(3)))
-        cosine = network(scaled.contiguous(memory_format=torch.channels_last))
+            view = torch.cat((view, view.flip(3)))
+        cosine = network(view.contiguous(memory_format=torch.channels_last))
         if flip:
             cosine = torch.stack((cosine[0], cosine[1].flip(2)))
         if scale != 1:
-            cosine = F.interpolate(cosine, size, mode="bilinear", align_corners=False)
+            cosine = F.interpolate(cosine, size, mode="bilinear",
+                                   align_corners=False)
         views.append(cosine.mean(0))
     return torch.stack(views).mean(0)
 
 
-def sharpen(image: np.ndarray, log_probabilities: np.ndarray, margin: float, bilateral: Sequence[float],
-            gaussian: Sequence[float], iterations: int) -> np.ndarray:
-    """Labels (H, W) uint8 by the CRF, from log probabilities (L, H, W), over the labels that can win: those that
-    come, somewhere, within `margin` of the most probable one's logarithm.
+def write_labels(path: Path, scores: np.ndarray, size: tuple) -> None:
+    """Writes the argmax of scores (L, h, w) as a picture of size (H, W)."""
+    labels = Image.fromarray(scores.argmax(0).astype(np.uint8))
+    if labels.size[::-1] != tuple(size):
+        labels = labels.resize(size[::-1], Image.Resampling.NEAREST)
+    datasets.write_mask(path, np.asarray(labels))
+
+
+def predict_images(config: SimpleNamespace, network: models.DeepLab,
+                   dataset: Photos | datasets.VOCDataset,
+                   folder: Path) -> None:
+    """Writes folder/ID.png, the predictions of images that have none yet.
+    The CRF runs in worker processes.
     """
-    able = np.flatnonzero((log_probabilities - log_probabilities.max(0)).max((1, 2)) >= -margin)
-    p = np.exp(log_probabilities[able])
-    return able[dense_crf(image, p / p.sum(0), bilateral, gaussian, iterations).argmax(0)].astype(np.uint8)
-
-
-def predict_split(config, network, dataset, folder):
-    """Writes folder/ID.png, the predictions of images that have none yet; the CRF runs in worker processes."""
     s = config.eval
-    mine = engine.share(len(dataset))
-    # Pictures are predicted anew each time: others may have come under the same name.
-    left = [i for i in mine if s.images or not (folder / f"{dataset.ids[i]}.png").exists()]
-    loader = engine.read(config, Subset(dataset, left))
-    bar = engine.bar(loader, f"eval {method(s)}", initial=len(mine) - len(left), total=len(mine))
-    arguments = s.crf_margin, tuple(s.crf_bilateral), tuple(s.crf_gaussian), s.crf_iterations
+    mine = runs.of_this_rank(len(dataset))
+    # Photographs are predicted each time: the same name may be another one.
+    left = [i for i in mine
+            if s.images or not (folder / f"{dataset.ids[i]}.png").exists()]
+    bar = runs.bar(runs.in_workers(config, Subset(dataset, left)),
+                   f"eval {engine.method(config)}", initial=len(mine) - len(left),
+                   total=len(mine))
 
-    def tasks():
+    def cosines():
         for sample in bar:
+            if "fault" in sample:
+                print(f"skipped: {sample['fault']}")
+                continue
             image = sample["image"].as_subclass(torch.Tensor)
             with engine.autocast(config):
-                cosine = predict(network, image.to(config.device), s.scales, s.flip)
-            if s.crf:
-                logarithms = (config.train_seg.temperature * cosine.float()).log_softmax(0)
-                yield sample["id"], (image.permute(1, 2, 0).numpy(), logarithms.cpu().numpy(), *arguments)
-            else:
-                datasets.write_mask(folder / f"{sample['id']}.png", cosine.max(0).indices.byte().cpu().numpy())
+                cosine = predict(network, image.to(config.device), s.scales,
+                                 s.flip).float()
+            size = sample.get("size", image.shape[1:])
+            yield folder / f"{sample['id']}.png", size, image, cosine
 
-    for name, labels in engine.overlap(config.run.workers, sharpen, tasks()):
-        datasets.write_mask(folder / f"{name}.png", labels)
+    def crf_tasks():
+        for path, size, image, cosine in cosines():
+            logits = config.train_seg.temperature * cosine
+            yield (path, size), (
+                image.permute(1, 2, 0).numpy(),
+                logits.softmax(0).cpu().numpy(),
+                s.crf_bilateral, s.crf_gaussian, s.crf_iterations)
+
+    if s.crf:
+        for (path, size), scores in runs.overlap(
+                config.run.workers, dense_crf, crf_tasks()):
+            write_labels(path, scores, size)
+    else:
+        for path, size, _, cosine in cosines():
+            write_labels(path, cosine.cpu().numpy(), size)
 
 
-def write_submission(config: SimpleNamespace, ids: list[str], folder: Path) -> None:
-    """The predictions where VOC's server looks for them: results/VOC2012/Segmentation/comp6_test_cls/ID.png."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name in ids:
-            archive.add(folder / f"{name}.png", f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png")
-    datasets.write(config.eval.submit, buffer.getvalue())
-    print(f"{config.eval.submit}: predictions of {len(ids)} images, {method(config.eval)}")
-
-
-def summary(config: SimpleNamespace, split: str, results: dict[str, dict]) -> None:
-    """The whole method in one table: the labels' scores of this list, if stage 2 wrote them, and the segmenter's."""
-    lines = []
-    labels = engine.read_json(config.path / "labels" / "scores.json").get(split)
-    for key, title in (("box", "whole boxes as labels"), ("Ycrf", "Ycrf"), ("Yret", "Yret")):
-        if labels:
-            lines.append((title, labels[key]["miou"]))
-    lines += [(f"segmenter, {r['method']}", r["miou"]) for r in results.values() if r["split"] == split]
+def print_summary(config: SimpleNamespace, split: str,
+                  results: dict[str, dict]) -> None:
+    """The whole method in one table: the scores of stage 2 on this list, if
+    there are any, and the segmenter's.
+    """
+    labels = runs.read_json(config.path / "labels/scores.json").get(split, {})
+    titles = dict(box="whole boxes as labels", Ycrf="Ycrf", Yret="Yret")
+    rows = [(title, labels[kind]["miou"])
+            for kind, title in titles.items() if kind in labels]
+    rows += [(f"segmenter, {r['method']}", r["miou"])
+             for r in results.values() if r["split"] == split]
     print(f"\nmIoU, %, {split}")
-    for title, value in lines:
+    for title, value in rows:
         print(f"  {title:<48}{value:6.1f}")
 
 
-def score(config: SimpleNamespace, split: str, folder: str) -> None:
-    """A folder of label images against the truth: `labels=FOLDER`."""
+def score_labels(config: SimpleNamespace, split: str) -> None:
+    """A folder of label images against the truth."""
+    folder = config.eval.labels
     if not engine.true_masks(config, split):
-        raise engine.UsageError(f"{Path(config.data.root, config.data.truth)}: no true masks to score against")
-    engine.show(f"{folder} on {split}", engine.score_folders(config, split, {"labels": Path(folder)}))
+        truth = Path(config.data.root, config.data.truth)
+        raise UsageError(f"{truth}: no true masks to score against")
+    result = engine.score_folders(config, split, {"labels": Path(folder)})
+    engine.print_scores(f"{folder} on {split}", result)
 
 
-def report(config: SimpleNamespace, split: str, result: dict) -> None:
-    """The segmenter's scores to eval.json, and on screen."""
-    path = config.path / "eval.json"
-    results = engine.read_json(path)
-    result = dict(split=split, method=method(config.eval), seed=config.run.seed, **result)
-    results[f"{split}, {result['method']}"] = result
-    engine.write_json(path, results)
-    engine.log(config, stage="eval", split=split, method=result["method"], miou=result["miou"])
-    engine.show(f"segmenter on {split}, {result['images']} images, {result['method']}", {"IoU": result})
-    summary(config, split, results)
+def report(config: SimpleNamespace, split: str, folder: Path) -> None:
+    """The segmenter's scores, into eval.json, the log and on screen."""
+    scores = engine.score_folders(config, split, {"IoU": folder})
+    if runs.rank():
+        return
+    path, name = config.path / "eval.json", engine.method(config)
+    result = dict(split=split, method=name, seed=config.run.seed,
+                  **scores["IoU"])
+    results = runs.read_json(path) | {f"{split}, {name}": result}
+    runs.write_json(path, results)
+    runs.log(config, "eval", split=split, method=name, miou=result["miou"])
+    engine.print_scores(f"segmenter on {split}, {result['images']} images, "
+                        f"{name}", {"IoU": result})
+    print_summary(config, split, results)
 
 
 def main(config: SimpleNamespace) -> None:
-    s = config.eval
-    split = s.split or config.data.val
+    s, data = config.eval, config.data
+    split = s.split or data.val
     if not split and not s.images:
-        raise engine.UsageError("eval.split: no list to work on; set data.val, eval.split or eval.images")
+        raise UsageError("eval.split: no list to work on; set data.val, "
+                         "eval.split or eval.images")
     if s.labels:
-        return score(config, split, s.labels)
-    truth = None if s.submit or s.images else engine.true_masks(config, split)
-    network = models.DeepLab(1 + len(config.data.classes), config.train_seg.backbone, width=config.train_seg.width)
-    network = engine.load_network(config, "seg.pt", network, config.train_seg, s.weights)
-    dataset = Pictures(s.images) if s.images else engine.open_data(config, split, boxes=False)
-    folder = prediction_folder(config)
-    without = {"weights", "split", "labels", "images", "submit", "panels", "photos"}
-    without |= {key for key in asdict(s) if key.startswith("crf_") and not s.crf}
-    settings = engine.made_with(config, "eval", "train_seg.temperature", without=without)
-    engine.claim(config, folder, settings, Path(s.weights or config.path / "seg.pt"))
-    predict_split(config, network, dataset, folder)
-    engine.wait()
-    result = engine.score_folders(config, split, {"IoU": folder})["IoU"] if truth else None
-    if engine.rank():
-        return
+        return score_labels(config, split)
+    network = models.DeepLab(
+        1 + len(data.classes), config.train_seg.backbone,
+        width=config.train_seg.width)
+    network = runs.load_network(config, "seg.pt", network, config.train_seg,
+                                s.weights)
+    dataset: Photos | datasets.VOCDataset
     if s.images:
-        return pictures.write_overlays(dataset.paths, folder)
-    if s.submit:
-        return write_submission(config, dataset.ids, folder)
-    if result:
-        report(config, split, result)
+        dataset = Photos(s.images, s.max_side)
     else:
-        print(f"{folder}: labels of {len(dataset)} images; no true masks to score them with")
-    pictures.draw(config, split, dataset.paths, folder)
+        dataset = datasets.VOCDataset(data.root, split, data.classes,
+                                      boxes=False)
+    folder = engine.prediction_folder(config)
+    without = {"weights", "split", "labels", "images", "panels", "photos"}
+    without |= {key for key in asdict(s) if key.startswith("crf_")
+                and not s.crf}
+    runs.discard_outdated(
+        config, folder, "eval", runs.settings_of(
+            config, "eval", "train_seg.temperature", without=without),
+        Path(s.weights or config.path / "seg.pt"))
+    predict_images(config, network, dataset, folder)
+    runs.barrier()
+    if s.images:
+        if runs.rank() == 0:
+            pictures.write_overlays(dataset.paths, folder)
+        return
+    if engine.true_masks(config, split):
+        report(config, split, folder)
+    else:
+        print(f"{folder}: labels of {len(dataset)} images; no true masks to "
+              "score them with")
+    if runs.rank() == 0:
+        pictures.draw(config, dataset.paths, folder)
 
 
 if __name__ == "__main__":
-    engine.run("eval", main)
+    runs.launch("eval", main)

@@ -1,9 +1,11 @@
-"""The noise-aware loss (section 3.3 of the paper) and those it is compared with.
+"""The noise-aware loss (section 3.3 of the paper), and the losses that the
+paper compares it with.
 
 One file to copy: it needs torch alone. In all of them
 
-    cosine        (N, L, H, W) in [-1, 1]: cos(phi(p), W_c) of pixel p, label c;
-                  phi is the segmenter's last feature, W_c its classifier's row
+    cosine        (N, L, H, W) in [-1, 1]: cos(phi(p), W_c) of pixel p,
+                  label c; phi is the segmenter's last feature, W_c its
+                  classifier's row
     H             softmax(temperature * cosine) over the labels
     y_crf, y_ret  (N, H, W), int64 or uint8: two pseudo labels, in 0..L-1
     ignore_index  in either of them leaves the pixel out
@@ -28,10 +30,11 @@ def noise_aware_loss(
         gamma: float = 7.0, weight: float = 0.1, temperature: float = 20.0,
         ignore_index: int = 255, group: Group = None) -> Tensor:
     """L = L_ce + weight * L_wce: trust Y_crf where Y_ret agrees, elsewhere as
-    far as the classifier does. With c* = Y_crf(p) and D_c(p) = 1 + cosine_c(p),
+    far as the classifier does. With c* = Y_crf(p), D_c(p) = 1 + cosine_c(p),
 
         L_ce   = - mean over S of log H_{c*}(p)
-        L_wce  = - sum over ~S of sigma(p) log H_{c*}(p) / sum over ~S of sigma(p)
+        L_wce  = - sum over ~S of sigma(p) log H_{c*}(p)
+                 / sum over ~S of sigma(p)
         sigma  = (D_{c*}(p) / max_c D_c(p)) ^ gamma
 
     The gradient flows through sigma, too.
@@ -56,8 +59,9 @@ def cross_entropy(
 
 
 def agreement_loss(
-        cosine: Tensor, y_crf: Tensor, y_ret: Tensor, temperature: float = 20.0,
-        ignore_index: int = 255, group: Group = None) -> Tensor:
+        cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
+        temperature: float = 20.0, ignore_index: int = 255,
+        group: Group = None) -> Tensor:
     """L_ce alone: ~S is left out."""
     agree, _ = agreement(y_crf, y_ret, ignore_index)
     ce = -at_label(log_softmax(cosine, temperature), y_crf, ignore_index)
@@ -80,10 +84,11 @@ def entropy_loss(
 
 def bootstrap_loss(
         cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
-        weight: float = 0.1, beta: float = 0.8, temperature: float = 20.0,
-        ignore_index: int = 255, group: Group = None) -> Tensor:
-    """L_ce + weight * mean over ~S of hard bootstrapping, which mixes the label
-    with the network's own answer (Reed et al., 2015):
+        weight: float = 0.1, beta: float = 0.8,
+        temperature: float = 20.0, ignore_index: int = 255,
+        group: Group = None) -> Tensor:
+    """L_ce + weight * mean over ~S of hard bootstrapping, which mixes the
+    label with the network's own answer (Reed et al., 2015):
     - (beta log H_{Y_crf} + (1 - beta) log max_c H_c).
     """
     agree, differ = agreement(y_crf, y_ret, ignore_index)
@@ -112,7 +117,9 @@ def at_label(scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return scores.gather(1, channel[:, None])[:, 0]
 
 
-def agreement(y_crf: Tensor, y_ret: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def agreement(
+        y_crf: Tensor, y_ret: Tensor,
+        ignore_index: int) -> tuple[Tensor, Tensor]:
     """The masks of S and ~S: (N, H, W) bool."""
     known = (y_crf != ignore_index) & (y_ret != ignore_index)
     return known & (y_crf == y_ret), known & (y_crf != y_ret)

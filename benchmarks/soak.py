@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import datasets  # noqa: E402
+from tools.shapes import make_shapes  # noqa: E402
 
 LIMIT = 6 * 2 ** 30  # bytes of data that a process may ask for
 IMAGES = 3000
@@ -64,7 +64,7 @@ def main():
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 8
     print("| stage | images | MB at image 200 | highest after | change, % |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        datasets.make_shapes(Path(folder, "data/shapes"), train=IMAGES, val=IMAGES)
+        make_shapes(Path(folder, "data/shapes"), train=IMAGES, val=IMAGES)
         for stage, settings in (("train_cls", []), ("make_labels", []), ("train_seg", ["train_seg.weights=none"]),
                                 ("eval", ["eval.crf=true"])):
             # A stage that is stopped leaves no input for the next: short runs make it first.

@@ -34,6 +34,7 @@ import eval as evaluation  # noqa: E402
 import losses  # noqa: E402
 import make_labels  # noqa: E402
 import models  # noqa: E402
+import settings  # noqa: E402
 import train_cls  # noqa: E402
 import train_seg  # noqa: E402
 from crf import dense_crf  # noqa: E402
@@ -115,16 +116,16 @@ def labels_of(shape, labels, differ=0.2):
 
 def stage_1(form):
     """-> (a whole training step, the backbone's forward and backward)."""
-    s = train_cls.Settings()
+    s = settings.TrainCls()
     network = models.BoxClassifier(CLASSES).train().to(DEVICE, memory_format=torch.channels_last)
     boxes = [random_boxes(5 if i % 2 else 0, (CROP, CROP), i) for i in range(BATCH)]
     batch = dict(boxes=boxes, labels=[torch.ones(len(b), dtype=torch.int64) for b in boxes],
                  background=models.outside_boxes(boxes, (CROP, CROP)).byte())
-    return training_step(s, network, batch, train_cls.losses, form)
+    return training_step(s, network, batch, train_cls.objective, form)
 
 
 def stage_3(form):
-    s = train_seg.Settings()
+    s = settings.TrainSeg()
     network = models.DeepLab(1 + CLASSES).train().to(DEVICE, memory_format=torch.channels_last)
     y_crf, y_ret = labels_of((BATCH, CROP, CROP), 1 + CLASSES)
     loss = lambda network, b: {"loss": train_seg.segmentation_loss(s, network(b["image"]), y_crf, y_ret)}  # noqa: E731
@@ -192,27 +193,34 @@ def sample(size=SIZE, boxes=3, classes=2):
                 labels=torch.arange(len(boxes)) % classes + 1, background=models.outside_boxes([boxes], size)[0].byte())
 
 
-def settings(*arguments):
-    config = engine.configure("eval", ["data.shapes=false", *arguments])
+def read_settings(*arguments):
+    config = settings.read("eval", ["data.shapes=false", *arguments])
     config.device = DEVICE
     return config
+
+
+def label_maps_of(config, network, image, marginals):
+    """Ycrf and Yret of one image, whatever the CRF says."""
+    u = make_labels.unaries(config, network, image)
+    y_crf = make_labels.label_by_crf(marginals.copy(), u)
+    return y_crf, make_labels.label_by_prototypes(y_crf, u, network.classifier.weight.float())
 
 
 def label_parts(size=SIZE, folder=Path(".")):
     """-> (stage 2 of one image without the CRF, the network alone, all but the network, the CRF, the naive form of the
     label maps).
     """
-    config, image = settings(), sample(size)
+    config, image = read_settings(), sample(size)
     network = models.BoxClassifier(CLASSES).eval().to(DEVICE, memory_format=torch.channels_last)
     tensor = image["image"][None].to(DEVICE, memory_format=torch.channels_last)
-    marginals = dense_crf(*make_labels.prepare(config, network, image)[1])
+    u = make_labels.unaries(config, network, image)
+    crf = image["image"].permute(1, 2, 0).numpy(), u.probabilities.cpu().numpy()
+    marginals = dense_crf(*crf)
     outside = image["background"][0].to(DEVICE).float()
 
     def whole(network=network):
-        prepared, _ = make_labels.prepare(config, network, image)
-        labels = make_labels.finish(config.make_labels, network, prepared, marginals.copy())
-        for kind, y in zip(("Ycrf", "Yret"), labels):
-            datasets.write_mask(folder / kind / "x.png", y)
+        for kind, y in zip(("Ycrf", "Yret"), label_maps_of(config, network, image, marginals)):
+            datasets.write_mask(folder / kind / "x.png", y.byte().cpu().numpy())
 
     @torch.inference_mode()
     def forward():
@@ -226,13 +234,12 @@ def label_parts(size=SIZE, folder=Path(".")):
         y_crf = torch.from_numpy(marginals.argmax(0)).to(DEVICE)
         naive.label_maps(forward()[0], network.classifier.weight, size, outside, [1, 2], y_crf)
 
-    crf = make_labels.prepare(config, network, image)[1]
     return whole, forward, partial(whole, known), partial(dense_crf, *crf), upsampled_first
 
 
 def label_maps(side):
     """-> (the label maps of a square image from given features, the naive form of them)."""
-    size, config = (side, side), settings()
+    size, config = (side, side), read_settings()
     image, (h, w) = sample(size), (1 + s // 8 for s in models.padded_size(size))
     features = torch.rand(1, 1024, h, w, device=DEVICE).contiguous(memory_format=torch.channels_last)
     network = SimpleNamespace(features=lambda _: features, classifier=torch.nn.Linear(1024, 21, bias=False).to(DEVICE))
@@ -241,8 +248,7 @@ def label_maps(side):
     y_crf = torch.from_numpy(marginals.argmax(0)).to(DEVICE)
 
     def ours():
-        prepared, _ = make_labels.prepare(config, network, image)
-        make_labels.finish(config.make_labels, network, prepared, marginals.copy())
+        label_maps_of(config, network, image, marginals)
 
     @torch.inference_mode()
     def upsampled_first():
@@ -262,7 +268,7 @@ def evaluation_parts(folder=Path(".")):
     one = views[2][:1]
 
     def plain():
-        labels = evaluation.predict(network, image.to(DEVICE), [1.0], False).max(0).indices.byte().cpu().numpy()
+        labels = evaluation.predict(network, image.to(DEVICE), (1.0,), False).max(0).indices.byte().cpu().numpy()
         datasets.write_mask(folder / "x.png", labels)
         engine.confusion(datasets.read_mask(folder / "truth.png", 21), datasets.read_mask(folder / "x.png", 21), 21)
 
@@ -327,14 +333,14 @@ def input_pipeline():
             Path(root, f"Annotations/{name}.xml").write_text(
                 "<a><size><width>500</width><height>375</height></size><object><name>a</name><bndbox><xmin>50</xmin>"
                 "<ymin>60</ymin><xmax>300</xmax><ymax>300</ymax></bndbox></object></a>")
-        Path(root, "ImageSets/Segmentation/all.txt").write_text("\n".join(names))
+        Path(root, "ImageSets/Segmentation/listed.txt").write_text("\n".join(names))
         transform = datasets.training_transform(CROP, (124, 116, 104))
         take = lambda data: [data[k % len(data)] for k in range(16)]  # noqa: E731
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        for stage, masks in (("stage 1", {}), ("stage 3, two masks", dict(masks=["Y", "Y"], boxes=None))):
-            data = datasets.Stream(datasets.VOCDataset(root, "all", ["a"], transform, **masks), 16, 0)
-            plain = datasets.VOCDataset(root, "all", ["a"], **masks)
+        for stage, masks in (("stage 1", {}), ("stage 3, two masks", dict(masks=["Y", "Y"], boxes=False))):
+            data = datasets.Stream(datasets.VOCDataset(root, "listed", ["a"], transform, **masks), 16, 0)
+            plain = datasets.VOCDataset(root, "listed", ["a"], **masks)
             crops, decoding = clock(partial(take, data), partial(take, plain))
             row(stage, 16 / crops, 16 / decoding)
             rates[stage.split(",")[0]] = crops / 16

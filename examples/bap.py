@@ -1,7 +1,8 @@
-"""BAP in a training loop of your own, beside a copy of models.py: each box's features are to be its class, the
-background's queries class 0. VOCdevkit lies in `data`; a step takes one image.
+"""BAP in a training loop of your own, beside a copy of models.py. Each box's
+features are trained to be its class, the background's queries to be class 0.
+VOCdevkit lies in `data`; a step takes one image.
 
-VOC's xmin and ymin count from 1; datasets.py takes 1 off, which is left out here.
+VOC's xmin and ymin count from 1. datasets.py subtracts 1; this does not.
 """
 import torch
 from torch.nn import functional as F
@@ -11,16 +12,23 @@ from torchvision.transforms import v2
 
 from models import BAP
 
-prepare = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                      v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-resnet = fcn_resnet50(weights_backbone="IMAGENET1K_V1").backbone.eval()  # batch normalisation stays as it is
+prepare = v2.Compose([
+    v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+# In evaluation mode, so that batch normalisation keeps its statistics.
+resnet = fcn_resnet50(weights_backbone="IMAGENET1K_V1").backbone.eval()
 pooling, classifier = BAP(), torch.nn.Linear(2048, 21, bias=False)
-optimizer = torch.optim.SGD([*resnet.parameters(), *classifier.parameters()], lr=1e-3)
+parameters = [*resnet.parameters(), *classifier.parameters()]
+optimizer = torch.optim.SGD(parameters, lr=1e-3)
 
-for image, target in wrap_dataset_for_transforms_v2(VOCDetection("data", transforms=prepare)):
-    pooled = pooling(resnet(image[None])["out"], [target["boxes"].float()], image.shape[1:])
+images = VOCDetection("data", transforms=prepare)
+for image, target in wrap_dataset_for_transforms_v2(images):
+    maps, boxes = resnet(image[None])["out"], target["boxes"].float()
+    pooled = pooling(maps, [boxes], image.shape[1:])
     features = torch.cat((pooled.foreground.flatten(0, 1), pooled.queries))
-    labels = F.pad(target["labels"].repeat_interleave(4), (0, len(pooled.queries)))  # a box has 2 x 2 features
+    # A box has 2 x 2 features.
+    labels = target["labels"].repeat_interleave(4)
+    labels = F.pad(labels, (0, len(pooled.queries)))
     loss = F.cross_entropy(classifier(features), labels)
     optimizer.zero_grad()
     loss.backward()

@@ -1,7 +1,8 @@
-"""NAL in a training loop of your own, beside a copy of losses.py. VOCdevkit lies in `data`; a step takes one image.
+"""NAL in a training loop of your own, beside a copy of losses.py. VOCdevkit
+lies in `data`; a step takes one image.
 
-The two labels are stand-ins, whole boxes and boxes without their rims: any two (N, H, W) tensors of labels do, such
-as Ycrf and Yret read from files.
+The two labels here are stand-ins: whole boxes, and boxes without their rims.
+Any two (N, H, W) tensors of labels will do, such as Ycrf and Yret from files.
 """
 import torch
 from torch.nn import functional as F
@@ -11,18 +12,24 @@ from torchvision.transforms import v2
 
 from losses import noise_aware_loss
 
-prepare = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                      v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-resnet = fcn_resnet50(weights_backbone="IMAGENET1K_V1").backbone.eval()  # batch normalisation stays as it is
+prepare = v2.Compose([
+    v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+# In evaluation mode, so that batch normalisation keeps its statistics.
+resnet = fcn_resnet50(weights_backbone="IMAGENET1K_V1").backbone.eval()
 classes = torch.randn(21, 2048, 1, 1, requires_grad=True)
 optimizer = torch.optim.SGD([*resnet.parameters(), classes], lr=1e-3)
 
-for image, target in wrap_dataset_for_transforms_v2(VOCDetection("data", transforms=prepare)):
-    y_crf, y_ret = torch.zeros(2, 1, *image.shape[1:], dtype=torch.int64)
-    for (x0, y0, x1, y1), label in zip(target["boxes"].int().tolist(), target["labels"]):
-        y_crf[:, y0:y1, x0:x1] = y_ret[:, y0 + 9:max(y1 - 9, 0), x0 + 9:max(x1 - 9, 0)] = label
-    cosine = F.conv2d(F.normalize(resnet(image[None])["out"]), F.normalize(classes))
-    cosine = F.interpolate(cosine, image.shape[1:], mode="bilinear", align_corners=True)
+images = VOCDetection("data", transforms=prepare)
+for image, target in wrap_dataset_for_transforms_v2(images):
+    size, boxes = image.shape[1:], target["boxes"].int().tolist()
+    y_crf, y_ret = torch.zeros(2, 1, *size, dtype=torch.int64)
+    for (x0, y0, x1, y1), label in zip(boxes, target["labels"]):
+        y_crf[:, y0:y1, x0:x1] = label
+        y_ret[:, y0 + 9:max(y1 - 9, 0), x0 + 9:max(x1 - 9, 0)] = label
+    phi = F.normalize(resnet(image[None])["out"])
+    cosine = F.conv2d(phi, F.normalize(classes))
+    cosine = F.interpolate(cosine, size, mode="bilinear", align_corners=True)
     loss = noise_aware_loss(cosine, y_crf, y_ret)
     optimizer.zero_grad()
     loss.backward()

@@ -33,7 +33,9 @@ def make_voc(folder):
         pixels = torch.randint(256, (60, 80, 3), generator=g, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).resize((400, 300)).save(folder / f"JPEGImages/{name}.jpg")
         boxes = [OBJECT.format(c, 40 + 30 * i, 60, 150 + 60 * i, 220 + 20 * i) for i, c in enumerate(classes)]
-        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{''.join(boxes)}</annotation>")
+        size = "<size><width>400</width><height>300</height></size>"
+        text = f"<annotation>{size}{''.join(boxes)}</annotation>"
+        (folder / f"Annotations/{name}.xml").write_text(text)
 
 
 def example(module):
@@ -85,6 +87,27 @@ def test_example_of_the_readme(tmp_path, torch_home, module):
     run = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == (2 if module == "models" else 0)
+
+
+# ---- datasets.py alone ----
+
+READ = """
+import datasets
+data = datasets.VOCDataset("voc", "train", datasets.VOC_CLASSES)
+sample = data[1]
+assert sample["image"].shape == (3, 300, 400)
+assert sample["boxes"][0].tolist() == [39, 59, 150, 220]
+assert sample["labels"].tolist() == [12, 20, 15]
+"""
+
+
+def test_datasets_is_one_file_to_copy(tmp_path):
+    shutil.copy(ROOT / "datasets.py", tmp_path)
+    make_voc(tmp_path / "voc")
+    environment = {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.run([sys.executable, "-c", READ], cwd=tmp_path,
+                         env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # ---- DistributedDataParallel ----

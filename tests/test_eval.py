@@ -1,11 +1,13 @@
-"""Prediction by views, and the choice of labels for the CRF."""
-import numpy as np
+"""Prediction by views."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import engine
 import eval as evaluation
-from crf import dense_crf
+import settings
 
 
 class Colours(torch.nn.Module):
@@ -42,33 +44,17 @@ def test_flip_mirrors_back():
     torch.testing.assert_close(evaluation.predict(LeftOnly(), image, [1.0], True)[:2], torch.full((2, 8, 9), 0.5))
 
 
-def test_labels_that_cannot_win_are_left_out_of_the_crf():
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
-    probabilities = np.full((6, 24, 30), 1e-4, np.float32)
-    probabilities[[1, 4]] = rng.random((2, 24, 30)) + 0.1
-    probabilities[3, 5, 7] = 0.05  # near the highest in one pixel
-    probabilities /= probabilities.sum(0)
-    arguments = (4.0, 121.0, 5.0), (3.0, 3.0), 5
-    seen = []
-
-    def crf(image, p, *rest):
-        seen.append(len(p))
-        np.testing.assert_allclose(p.sum(0), 1, rtol=1e-5)
-        return dense_crf(image, p, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "dense_crf", crf)
-        labels = evaluation.sharpen(image, np.log(probabilities), 4.0, *arguments)
-        evaluation.sharpen(image, np.log(probabilities), 0.0, *arguments)
-    assert seen == [3, 2]  # 1, 4 and 3; then those that are somewhere the highest
-    assert set(np.unique(labels)) <= {1, 3, 4}
-    assert (labels == dense_crf(image, probabilities, *arguments).argmax(0)).mean() > 0.99
-
-
-@pytest.mark.parametrize("settings, name", [
+@pytest.mark.parametrize("changes, name", [
     ({}, "plain"), ({"flip": True}, "flip"), ({"crf": True}, "CRF"),
-    ({"scales": [0.5, 0.75, 1.0, 1.5], "flip": True, "crf": True}, "scales 0.5 0.75 1 1.5 + flip + CRF"),
+    ({"scales": (0.5, 0.75, 1.0, 1.5), "flip": True, "crf": True}, "scales 0.5 0.75 1 1.5 + flip + CRF"),
 ])
-def test_the_method_is_named(settings, name):
-    assert evaluation.method(evaluation.Settings(**settings)) == name
+def test_the_method_is_named(changes, name):
+    config = SimpleNamespace(eval=settings.Eval(**changes))
+    assert engine.method(config) == name
+
+
+def test_names_of_photographs(tmp_path):
+    paths = [tmp_path / name for name in (
+        "x/a.jpg", "x/b.jpg", "y/a.jpg", "z/c.jpg", "z/c.png")]
+    assert evaluation.unique_names(paths) == [
+        "x_a", "b", "y_a", "z_c_jpg", "z_c_png"]

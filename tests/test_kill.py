@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import datasets
+from tools.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["train_cls.iterations=60", "train_seg.iterations=60", "train_cls.batch=2", "train_seg.batch=2",
@@ -60,7 +60,7 @@ def files(folder, output):
 def never_stopped(tmp_path_factory):
     """A run of all stages; how long each took."""
     folder = tmp_path_factory.mktemp("whole")
-    datasets.make_shapes(folder / "data" / "shapes", train=20, val=10)
+    make_shapes(folder / "data" / "shapes", train=20, val=10)
     return folder, {script: finish(script, folder) for script in STAGES}
 
 

@@ -1,6 +1,5 @@
 """Stage 2 against the equations of section 3.2, pixel by pixel on features upsampled first."""
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 
 import make_labels
 import models
+import settings
 
 HEIGHT, WIDTH, CHANNELS = 21, 30, 5
 
@@ -61,14 +61,14 @@ def literal_maps(dense, weight, boxes, labels, per_box):
 @pytest.mark.parametrize("use_u0", [True, False])
 def test_background_attention(seed, use_u0):
     up, dense, weight, _, _, outside = scene(seed)
-    attention = make_labels.background_attention(up, weight, outside, make_labels.Settings(u0=use_u0))
+    attention = make_labels.background_attention(up, weight, outside, settings.MakeLabels(u0=use_u0))
     expected = literal_attention(dense, weight, outside, use_u0)
     torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_no_background_outside_uses_the_activation_map():
     up, dense, weight, _, _, outside = scene(0, boxes=((0, 0, WIDTH, HEIGHT),), labels=(1,))
-    attention = make_labels.background_attention(up, weight, outside, make_labels.Settings())
+    attention = make_labels.background_attention(up, weight, outside, settings.MakeLabels())
     expected = literal_attention(dense, weight, outside, False)
     torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-9)
 
@@ -77,7 +77,7 @@ def test_no_background_outside_uses_the_activation_map():
 @pytest.mark.parametrize("norm", ["box", "class"])
 def test_activation_maps(seed, norm):
     up, dense, weight, boxes, labels, _ = scene(seed)
-    maps = make_labels.activation_maps(up, weight, boxes, labels, [1, 2], make_labels.Settings(cam_norm=norm))
+    maps = make_labels.activation_maps(up, weight, boxes, labels, [1, 2], settings.MakeLabels(cam_norm=norm))
     torch.testing.assert_close(maps, literal_maps(dense, weight, boxes, labels, norm == "box"), rtol=1e-5, atol=1e-9)
 
 
@@ -85,19 +85,27 @@ def test_unaries():
     up, dense, weight, boxes, labels, outside = scene(1)
     u0 = literal_attention(dense, weight, outside, True)
     maps = literal_maps(dense, weight, boxes, labels, True)
-    result = make_labels.unaries(u0, maps, outside, make_labels.Settings(threshold=0.6))
-    plain = make_labels.unaries(u0, maps, outside, make_labels.Settings(threshold=0.6, softmax=False))
+    result = make_labels.to_probabilities(u0, maps, outside, settings.MakeLabels(threshold=0.6))
+    summed = make_labels.to_probabilities(u0, maps, outside, settings.MakeLabels(threshold=0.6, softmax=False))
     highest = max(u0[y, x].item() for y in range(HEIGHT) for x in range(WIDTH))  # also outside the boxes
     for y in range(HEIGHT):
         for x in range(WIDTH):
             if outside[y, x]:
-                assert result[:, y, x].tolist() == [1, 0, 0] == plain[:, y, x].tolist()
+                assert result[:, y, x].tolist() == [1, 0, 0] == summed[:, y, x].tolist()
                 continue
             u = [u0[y, x].item() if u0[y, x] >= 0.6 * highest else 0.0, *maps[:, y, x].tolist()]
             total = sum(map(math.exp, u))
             assert result[:, y, x].tolist() == pytest.approx([math.exp(v) / total for v in u], rel=1e-5)
             if sum(u) > 0.01:
-                assert plain[:, y, x].tolist() == pytest.approx([v / sum(u) for v in u], rel=1e-3, abs=1e-3)
+                assert summed[:, y, x].tolist() == pytest.approx([v / sum(u) for v in u], rel=1e-3, abs=1e-3)
+
+
+def labels_of(marginals, up, boxes, labels, weight):
+    """Ycrf and Yret."""
+    own = make_labels.unions(boxes, labels, [1, 2], (HEIGHT, WIDTH))
+    u = make_labels.Unaries(up, [1, 2], own, None, None, None)
+    y_crf = make_labels.label_by_crf(marginals.clone().numpy(), u)
+    return y_crf, make_labels.label_by_prototypes(y_crf, u, weight)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -105,13 +113,10 @@ def test_unaries():
 def test_retrieval(seed, missing):
     """Random marginals' Ycrf and Yret; or those of a CRF that leaves the second class nothing."""
     up, dense, weight, boxes, labels, outside = scene(seed)
-    up.features, up.rows, up.columns = up.features.float(), up.rows.float(), up.columns.float()
-    network = SimpleNamespace(classifier=SimpleNamespace(weight=weight))
     marginals = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
     marginals[:, outside] = torch.tensor([1.0, 0, 0])[:, None]
     marginals[2] *= not missing
-    got = make_labels.finish(make_labels.Settings(), network,
-                             ("id", up, outside, boxes, labels, [1, 2], None), marginals.clone().numpy())
+    got = labels_of(marginals, up, boxes, labels, weight)
     pixels = [(y, x) for y in range(HEIGHT) for x in range(WIDTH)]
     own = {p: {c for (x0, y0, x1, y1), c in zip(boxes.tolist(), labels.tolist())
                if y0 <= p[0] < y1 and x0 <= p[1] < x1} for p in pixels}
@@ -129,16 +134,9 @@ def test_retrieval(seed, missing):
 def test_labels_stay_inside_their_boxes():
     up, _, weight, boxes, labels, outside = scene(0)
 
-    class Network:
-        classifier = torch.nn.Linear(CHANNELS, 4, bias=False).double()
-
-    prepared = ("id", up, outside, boxes, labels, [1, 2], None)
-    marginals = np.full((3, HEIGHT, WIDTH), 0.1, np.float32)
+    marginals = torch.full((3, HEIGHT, WIDTH), 0.1)
     marginals[1] = 0.8  # class 1 everywhere
-    up.features = up.features.float()
-    up.rows, up.columns = up.rows.float(), up.columns.float()
-    Network.classifier = Network.classifier.float()
-    y_crf, y_ret = make_labels.finish(make_labels.Settings(), Network, prepared, marginals)
+    y_crf, y_ret = (y.numpy() for y in labels_of(marginals, up, boxes, labels, weight))
     inside = np.zeros((HEIGHT, WIDTH), bool)
     inside[5:19, 10:28] = True  # the one box of class 1
     assert ((y_crf == 1) == inside).all()
@@ -146,15 +144,15 @@ def test_labels_stay_inside_their_boxes():
     assert (y_ret[outside.numpy()] == 0).all()
 
 
-def test_box_labels_put_the_smaller_box_on_top():
+def test_labels_of_boxes_put_the_smaller_box_on_top():
     boxes, labels = torch.tensor([[0., 0, 4, 4], [1, 1, 3, 3], [3, 0, 6, 2]]), torch.tensor([1, 2, 3])
     expected = [[1, 1, 1, 3, 3, 3], [1, 2, 2, 3, 3, 3], [1, 2, 2, 1, 0, 0], [1, 1, 1, 1, 0, 0]]
-    assert make_labels.box_labels(boxes, labels, (4, 6)).tolist() == expected
+    assert make_labels.label_by_boxes(boxes, labels, (4, 6)).tolist() == expected
 
 
 def test_no_boxes():
     up, _, weight, boxes, labels, outside = scene(0, boxes=(), labels=())
-    s = make_labels.Settings()
+    s = settings.MakeLabels()
     u0 = make_labels.background_attention(up, weight, outside, s)
     maps = make_labels.activation_maps(up, weight, boxes, labels, [], s)
-    assert make_labels.unaries(u0, maps, outside, s).eq(1).all()
+    assert make_labels.to_probabilities(u0, maps, outside, s).eq(1).all()

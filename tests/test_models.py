@@ -6,14 +6,18 @@ import sys
 from functools import partial
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, SHARED
+from PIL import Image
 from torch import nn
+from torchvision.tv_tensors import BoundingBoxes
 
+import models
 from models import BAP, BoxClassifier, DeepLab, Upsampled, WeightsError, outside_boxes
 
 # map size, image size; the two differ by no round factor, or one side has a single cell
@@ -98,6 +102,15 @@ def test_bap_box(box):
     (10, -9, 20, -2), (10, -9, 20, 0), (10, 43, 20, 60), (-9, 10, -2, 20), (-9, 10, 0, 20), (52, 10, 60, 20)], ids=str)
 def test_a_box_beside_the_image_touches_no_pixel(box):
     assert outside_boxes([torch.tensor([box]).float()], (41, 50)).all()
+
+
+def test_box_slices_by_hand():
+    """From the first pixel touched to the one behind the last."""
+    cases = {(0, 0, 1, 1): (0, 1, 0, 1), (2.5, 3.0, 4.0, 5.1): (3, 6, 2, 4),
+             (-3, -2.5, 4.2, 0.5): (0, 1, 0, 5), (2, -9, 3, -2): (0, 0, 2, 3)}
+    for box, sides in cases.items():
+        rows, columns = models.box_slices(box)
+        assert (rows.start, rows.stop, columns.start, columns.stop) == sides
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
@@ -205,6 +218,33 @@ def test_bap_needs_a_background_of_the_images_size(shape):
 def test_bap_needs_one_list_of_boxes_an_image(count):
     with pytest.raises(ValueError, match=f"^2 images but boxes of {count}$"):
         BAP()(random_features(2, 3, 6, 7), random_boxes((1,) * count, (41, 50)), (41, 50))
+
+
+def test_bap_refuses_an_image_size_of_one_number():
+    with pytest.raises(TypeError, match=r"^image_size is 50, not \(H, W\)$"):
+        BAP()(random_features(1, 3, 6, 7), random_boxes((1,), (41, 50)), 50)
+
+
+@pytest.mark.parametrize("wrong", [(30.0, 4.0, 10.0, 20.0), (3.0, 20.0, 10.0, 4.0)])
+@pytest.mark.parametrize("background", [None, torch.ones(1, 1, 41, 50)])
+def test_bap_refuses_boxes_the_wrong_way_round(wrong, background):
+    boxes = [torch.tensor([(3.0, 4, 3, 20), wrong])]  # the first is empty
+    with pytest.raises(ValueError) as error:
+        BAP()(random_features(1, 3, 6, 7), boxes, (41, 50), background)
+    assert str(error.value) == f"box {list(wrong)} has x1 < x0 or y1 < y0"
+    BAP()(random_features(1, 3, 6, 7), [boxes[0][:1]], (41, 50), background)
+
+
+def test_bap_takes_boxes_of_torchvision_in_xyxy_alone():
+    features, box = random_features(1, 3, 6, 7), [[8.0, 4, 40, 33]]
+    for name in ("XYWH", "CXCYWH"):
+        boxes = BoundingBoxes(box, format=name, canvas_size=(41, 50))
+        with pytest.raises(ValueError, match=f"^boxes are {name}, not XYXY$"):
+            BAP()(features, [boxes], (41, 50))
+    boxes = BoundingBoxes(box, format="XYXY", canvas_size=(41, 50))
+    expected = reference.bap(features, [torch.tensor(box)], (41, 50))
+    for ours, theirs in zip(BAP()(features, [boxes], (41, 50)), expected):
+        close(ours, theirs)
 
 
 def test_bap_holds_nothing():
@@ -380,7 +420,7 @@ def test_upsampled_equals_interpolation(map_size, size, canvas, dtype, tolerance
     masks[2], masks[3] = 0, 1
     look = Upsampled(features.to(dtype), size, canvas) if canvas else Upsampled(features.to(dtype), size)
     close(look.dot(vectors), reference.upsampled_dot(features, vectors, size, canvas), tolerance)
-    close(look.norm(), reference.upsampled_norm(features, size, canvas), tolerance)
+    close(look.norm, reference.upsampled_norm(features, size, canvas), tolerance)
     close(look.cosine(vectors), reference.upsampled_cosine(features, vectors, size, canvas), tolerance)
     for mask_dtype in (torch.bool, torch.uint8, dtype):
         means = reference.upsampled_mean(features, masks, size, canvas)
@@ -393,7 +433,7 @@ def test_upsampled_of_zeros():
     vectors = random_features(1, 6, 1, 2)[0].flatten(1).T
     look = Upsampled(features, (13, 17))
     close(look.cosine(vectors), reference.upsampled_cosine(features, vectors, (13, 17)))
-    assert not look.cosine(vectors)[:, :, 8:].any() and not look.norm()[:, 8:].any()
+    assert not look.cosine(vectors)[:, :, 8:].any() and not look.norm[:, 8:].any()
 
 
 def test_upsampled_norm_where_neighbours_cancel():
@@ -401,7 +441,7 @@ def test_upsampled_norm_where_neighbours_cancel():
     f = random_features(1, 64, 1, 1)[0].float()
     features = torch.cat([f, -f, f, -f], 2).repeat(1, 3, 1)
     look = Upsampled(features, (9, 13))
-    assert look.norm().isfinite().all() and look.norm().min() < 1e-2
+    assert look.norm.isfinite().all() and look.norm.min() < 1e-2
     cosine = look.cosine(f.reshape(1, -1))
     assert cosine.isfinite().all() and cosine.abs().max() <= 1 + 1e-4
 
@@ -622,7 +662,7 @@ def test_vgg16_in_caffes_names(tmp_path, fully):
 
 def test_caffes_names_with_other_shapes(tmp_path):
     torch.save({"conv1_1.weight": torch.zeros(3)}, tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match="odd.pth: named as a network of Caffe's"):
+    with pytest.raises(WeightsError, match="odd.pth: .* not of the shapes of its names"):
         BoxClassifier(3, backbone="vgg16", weights=str(tmp_path / "odd.pth"))
 
 
@@ -631,8 +671,22 @@ def test_a_classifier_of_nan_is_refused(tmp_path):
     state = random_state("vgg16")
     state["classifier.3.weight"] = torch.tensor(torch.nan).expand(4096, 4096)
     torch.save(state, tmp_path / "features.pth")
-    with pytest.raises(WeightsError, match="features.pth: holds weights that are not finite"):
+    with pytest.raises(WeightsError, match="features.pth: holds NaN in classifier.3.weight$"):
         DeepLab(3, weights=tmp_path / "features.pth")
+
+
+@pytest.mark.parametrize("value, kind", [(torch.nan, "NaN"), (-torch.inf, "infinity")])
+def test_a_checkpoint_with_nan_is_refused_and_names_the_tensor(tmp_path, value, kind):
+    state = small().state_dict()
+    state["backbone.fc6.bias"][3] = value
+    torch.save(checkpoint(state), tmp_path / "seg.pt")
+    message = f"seg.pt: holds {kind} in backbone.fc6.bias$"
+    for read in (
+            models.load,
+            lambda path: models.state_of(models.read_file(path), path),
+            lambda path: DeepLab(5, weights=path, width=0.125)):
+        with pytest.raises(WeightsError, match=message):
+            read(tmp_path / "seg.pt")
 
 
 @pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), OSError(5, "I/O error"), MemoryError()])
@@ -715,6 +769,24 @@ def test_timm_missing(monkeypatch):
         DeepLab(3, backbone="timm/tf_efficientnet_lite0", weights="none")
 
 
+def test_what_timm_raises_is_the_users_fault_or_the_machines(monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def build(fault):
+        def create_model(*args, **settings):
+            raise fault
+
+        monkeypatch.setattr(timm, "create_model", create_model)
+        DeepLab(3, backbone="timm/tf_efficientnet_lite0")
+
+    for fault in (RuntimeError("no such\n stride"), FileNotFoundError("no such\n hub")):
+        with pytest.raises(WeightsError) as error:
+            build(fault)
+        one_line(error, "timm/tf_efficientnet_lite0: no such")
+    with pytest.raises(OSError, match="No space left"):
+        build(OSError(28, "No space left on device"))
+
+
 def one_line(error, *words):
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
@@ -775,3 +847,79 @@ def test_a_checkpoint_gives_its_backbone(tmp_path, backbone, width):
     assert all(torch.equal(value, state[name]) for name, value in classifier.backbone.state_dict().items())
     assert segmenter.mean.flatten().tolist() == [0.25] * 3
     assert segmenter.loaded >= {f"backbone.{name}" for name, _ in segmenter.backbone.named_parameters()}
+
+
+# ---- whole checkpoints ----
+
+def checkpoint(state, kind="DeepLab", width=0.125, classes="abcd"):
+    """What train_seg.py and train_cls.py write, without their settings."""
+    network = dict(kind=kind, backbone="vgg16", width=width)
+    return dict(network=network, classes=list(classes), model=state)
+
+
+@pytest.mark.parametrize("kind, labels", [(DeepLab, 5), (BoxClassifier, 4)])
+def test_load(tmp_path, kind, labels):
+    state = small(kind, labels).state_dict()
+    state["mean"].fill_(0.25)
+    torch.save(checkpoint(state, kind.__name__), tmp_path / "any.pt")
+    network = models.load(tmp_path / "any.pt")
+    assert type(network) is kind and not network.training
+    assert network.classes == ["a", "b", "c", "d"] and network.fill == [64] * 3
+    held = network.state_dict()
+    assert held.keys() == state.keys()
+    assert all(torch.equal(held[name], value) for name, value in state.items())
+
+
+def test_load_refuses_what_is_no_checkpoint(tmp_path):
+    state = small().state_dict()
+    whole = checkpoint(state)
+    files = {
+        "names.pt": state, "list.pt": [1], "kind.pt": checkpoint(state, "Net"),
+        "without.pt": {k: v for k, v in whole.items() if k != "classes"},
+        "classes.pt": checkpoint(state, classes="abc"),
+        "narrow.pt": checkpoint(state, width=0.25)}
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    for name in (*files, "absent.pt"):
+        with pytest.raises(WeightsError) as error:
+            models.load(tmp_path / name)
+        one_line(error, name)
+
+
+def test_the_example_that_predicts(tmp_path):
+    """A network made by hand, every convolution of which hands on the colours:
+    red is background, green and blue are the classes. In a folder with
+    models.py, the program, the checkpoint and a photograph alone.
+    """
+    network = DeepLab(3, width=0.05)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.dirac_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    network.classifier.weight.data = torch.eye(3, network.backbone.channels)
+    torch.save(checkpoint(network.state_dict(), "DeepLab", 0.05, ["leaf", "sea"]),
+               tmp_path / "seg.pt")
+    stripes = np.zeros((60, 300, 3), np.uint8)
+    for channel in range(3):
+        stripes[:, 100 * channel:100 * (channel + 1), channel] = 255
+    Image.fromarray(stripes).save(tmp_path / "photo.png")
+    for file in ("models.py", "examples/predict.py"):
+        shutil.copy(ROOT / file, tmp_path)
+
+    command = [sys.executable, "predict.py", "seg.pt", "photo.png", "out.png"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.run(command, cwd=tmp_path, env=environment,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    picture = Image.open(tmp_path / "out.png")
+    assert picture.mode == "P" and picture.size == (300, 60)
+    colours = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]  # of VOC's 0, 1, 2
+    for label, colour in enumerate(colours):
+        stripe = 100 * label + 30, 0, 100 * label + 70, 60
+        assert (np.array(picture.crop(stripe)) == label).all()
+        assert (np.array(picture.convert("RGB").crop(stripe)) == colour).all()
+    palette = np.array(picture.getpalette()).reshape(-1, 3)
+    assert palette[15].tolist() == [192, 128, 128]  # person
+    assert palette[255].tolist() == [224, 224, 192]  # void
+    names = [line.split(":")[0] for line in run.stdout.splitlines()]
+    assert names == ["background", "leaf", "sea"]

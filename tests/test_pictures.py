@@ -13,10 +13,12 @@ from PIL import Image
 from test_labels import HEIGHT, WIDTH, literal_attention, literal_maps, scene
 
 import datasets
-import engine
 import make_labels
 import models
 import pictures
+import runs
+import settings
+from tools.shapes import SHAPES, make_shapes
 
 SMALL = ["train_cls.width=0.0625", "run.workers=0", "make_labels.crf_iterations=1", "make_labels.pictures=1"]
 
@@ -25,10 +27,11 @@ SMALL = ["train_cls.width=0.0625", "run.workers=0", "make_labels.crf_iterations=
 def first(tmp_path_factory):
     """A folder with a run of which an untrained stage 1 is all there is."""
     folder = tmp_path_factory.mktemp("run")
-    datasets.make_shapes(folder / "data/shapes", train=2, val=2)
-    network = models.BoxClassifier(len(datasets.SHAPES), "vgg16_bn", "none", 0.0625, 0.0)
-    engine.save(folder / "runs/shapes/cls.pt", dict(network=dict(backbone="vgg16_bn", width=0.0625),
-                                                    classes=list(datasets.SHAPES), model=network.state_dict()))
+    make_shapes(folder / "data/shapes", train=2, val=2)
+    network = models.BoxClassifier(len(SHAPES), "vgg16_bn", "none", 0.0625, 0.0)
+    runs.save(folder / "runs/shapes/cls.pt", dict(
+        network=dict(kind="BoxClassifier", backbone="vgg16_bn", width=0.0625), classes=list(SHAPES),
+        model=network.state_dict()))
     return folder
 
 
@@ -42,7 +45,7 @@ def folder(first, tmp_path, monkeypatch):
 def command(monkeypatch, main, *arguments):
     script = Path(sys.modules[main.__module__].__file__).name
     monkeypatch.setattr(sys, "argv", [script, *SMALL, *arguments])
-    engine.run("eval" if main is pictures.main else script[:-3], main)
+    runs.launch("eval" if main is pictures.main else script[:-3], main)
 
 
 def drawn(folder):
@@ -59,19 +62,16 @@ def test_boxes_are_drawn_on_their_own_pixels():
 
 
 def test_heat_is_half_of_each_pixel():
+    """Inferno is nearly black at 0 and light yellow (252, 255, 164) at 1."""
     image = np.zeros((2, 3, 3), np.uint8)
     image[1] = 100  # grey
     image[1, 2] = 255, 0, 0  # a luminance of 76
-    heat = np.array([[0, 255, 51], [0, 255, 0]], np.uint8)
+    heat = np.array([[0, 255, 0], [0, 255, 0]], np.uint8)
     found = np.array(pictures.heat_map(image, heat)).astype(int)
-    assert found[0, 0].tolist() == [0, 0, 2] and found[0, 1].tolist() == [126, 127, 82]
-    # 51 lies at 4/5 of the way from (0, 0, 4) to (87, 16, 110): half of (69.6, 12.8, 88.8).
-    assert found[0, 2].tolist() == [34, 6, 44]
-    assert found[1, 0].tolist() == [50, 50, 52] and found[1, 1].tolist() == [176, 177, 132]
-    assert found[1, 2].tolist() == [38, 38, 40]
-    # 204 lies at 1/5 of the way from (249, 142, 9) to (252, 255, 164), 128 just beyond (188, 55, 84).
-    found = np.array(pictures.heat_map(np.zeros((1, 2, 3), np.uint8), np.array([[204, 128]], np.uint8)))[0]
-    assert found.tolist() == [[124, 82, 20], [94, 27, 41]]
+    for pixel, colour in {(0, 0): (0, 0, 2), (0, 1): (126, 127, 82),
+                          (1, 0): (50, 50, 52), (1, 1): (176, 177, 132),
+                          (1, 2): (38, 38, 40)}.items():
+        assert np.abs(found[pixel] - colour).max() <= 1
 
 
 def test_more_heat_is_brighter():
@@ -86,13 +86,13 @@ def test_what_is_kept_of_attention_and_activation(boxes, labels):
     up, dense, weight, boxes, labels, outside = scene(0, boxes, labels)
     network = SimpleNamespace(features=lambda image: up.features.permute(2, 0, 1)[None],
                               classifier=SimpleNamespace(weight=weight))
-    config = SimpleNamespace(make_labels=make_labels.Settings(), run=engine.Run(), device=torch.device("cpu"))
+    config = SimpleNamespace(make_labels=settings.MakeLabels(), run=settings.Run(), device=torch.device("cpu"))
     sample = {"id": "x", "image": torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8), "boxes": boxes, "labels": labels,
               "background": outside[None].byte()}
-    prepared, _ = make_labels.prepare(config, network, sample)
+    u = make_labels.unaries(config, network, sample)
     u0 = literal_attention(dense, weight, outside, True).masked_fill(outside, 1)
     maps = literal_maps(dense, weight, boxes, labels, True)
-    pictures_of = make_labels.heat(*prepared[-1])
+    pictures_of = map(np.array, make_labels.heat(u))
     for found, expected in zip(pictures_of, (u0, maps.amax(0) if len(maps) else torch.zeros(HEIGHT, WIDTH))):
         assert found.dtype == np.uint8
         assert (torch.from_numpy(found) - 255 * expected).abs().max() < 1.01  # of 255; cut off, not rounded
@@ -129,11 +129,12 @@ def test_a_run_with_labels_but_no_segmenter_and_no_truth(folder, monkeypatch, ca
     sheet, name = np.array(Image.open("runs/shapes/panels.png")), datasets.read_list("data/shapes", "val")[0]
     assert sheet.shape[1] == 6 * 186 + 6
     # The image's corner is outside every box, where u0 is 1 and every u_c is 0: yellow and black over the grey 224.
-    boxes = datasets.read_annotation(f"data/shapes/Annotations/{name}.xml", datasets.SHAPES)[0]
+    boxes = datasets.read_annotation(f"data/shapes/Annotations/{name}.xml", SHAPES)[0]
     assert (boxes[:, :2].amin(0) > 4).all()
     corner = (22 + 2, 6 + 2)
     for column, colour in ((0, [224, 224, 224]), (1, [238, 239, 194]), (2, [112, 112, 114]), (3, [0, 0, 0])):
-        assert sheet[corner[0], corner[1] + 186 * column].tolist() == colour
+        found = sheet[corner[0], corner[1] + 186 * column].astype(int)
+        assert np.abs(found - colour).max() <= 1
 
 
 def test_what_is_wrong_with_a_run_is_one_line(folder, monkeypatch, capsys):
@@ -167,11 +168,6 @@ METRICS = """
 {"time": 5, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.7}
 {"time": 6, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.5}
 """
-SCORES = {"val": {**{kind: {"miou": miou, "iou": {"background": 90.0, "bar": iou, "ring": None}}
-                                  for kind, miou, iou in (("box", 50, 10), ("Ycrf", 60, 30), ("Yret", 55, 20))}}}
-RESULTS = {"val, plain": {"split": "val", "method": "plain", "miou": 47.5, "iou": {"background": 80, "bar": 15,
-                                                                                  "ring": 0.0}},
-           "train, plain": {"split": "train", "method": "plain", "miou": 99, "iou": {}}}
 
 
 @pytest.fixture
@@ -181,8 +177,6 @@ def numbers(folder):
     """
     run = folder / "runs/shapes"
     (run / "metrics.jsonl").write_text(METRICS.strip())
-    engine.write_json(run / "labels/scores.json", SCORES)
-    engine.write_json(run / "eval.json", RESULTS)
     return folder
 
 
@@ -194,61 +188,36 @@ def test_the_last_pass_of_a_stage(numbers):
     assert pictures.last_pass(Path("nothing"), "train_cls") == []
 
 
-def test_curves_and_bars_hold_these_numbers(numbers, monkeypatch):
-    pytest.importorskip("matplotlib")
+def test_curves_hold_these_numbers(numbers, monkeypatch):
     figures, png_of = [], pictures.png_of
-    monkeypatch.setattr(pictures, "png_of", lambda figure: figures.append(figure) or png_of(figure))
+    monkeypatch.setattr(pictures, "png_of",
+                        lambda f: figures.append(f) or png_of(f))
     command(monkeypatch, pictures.main)
-    assert drawn(numbers) == {"panels.png", "curves.png", "iou.png"}
-    curves, (bars,) = figures[0].axes, figures[1].axes
-    assert [axes.get_title() for axes in curves] == ["stage 1: loss", "stage 1: share classified right",
-                                                     "stage 3: loss"]
-    assert curves[0].lines[0].get_xydata().tolist() == [[20, 3], [40, 2.5], [60, 1.5], [80, 1]]
+    assert drawn(numbers) == {"panels.png", "curves.png"}
+    curves = figures[0].axes
+    assert [axes.get_title() for axes in curves] == [
+        "stage 1: loss", "stage 1: share classified right", "stage 3: loss"]
+    assert curves[0].lines[0].get_xydata().tolist() == [
+        [20, 3], [40, 2.5], [60, 1.5], [80, 1]]
     assert curves[1].lines[0].get_ydata().tolist() == [0.2, 0.3, 0.5, 0.6]
     assert math.isnan(curves[1].lines[1].get_ydata()[0])
     assert curves[2].lines[0].get_xydata().tolist() == [[20, 0.5]]
-    assert [group.get_label() for group in bars.containers] == ["Ycrf, mean 60.0", "Yret, mean 55.0",
-                                                                "segmenter, plain, mean 47.5"]
-    widths = [[bar.get_width() for bar in group] for group in bars.containers]
-    assert [w[:2] for w in widths] == [[90, 30], [90, 20], [80, 15]] and widths[2][2] == 0
-    assert all(math.isnan(w[2]) for w in widths[:2])
-    places = [[bar.get_y() + bar.get_height() / 2 for bar in group] for group in bars.containers]
-    assert [text.get_text() for text in bars.get_yticklabels()] == ["background", "bar", "ring"]
-    assert np.allclose(np.mean(places, 0), bars.get_yticks()) and bars.get_ylim()[0] > bars.get_ylim()[1]
-
-
-def test_figures_are_of_the_list_that_is_asked_for(numbers, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    engine.write_json(numbers / "runs/shapes/eval.json", {})
-    command(monkeypatch, pictures.main, "split=train", "panels=0")
-    assert drawn(numbers) == {"curves.png"}
-
-
-def test_without_matplotlib_one_line_says_so(numbers, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    command(monkeypatch, pictures.main)  # no SystemExit: status 0
-    out, err = capsys.readouterr()
-    assert drawn(numbers) == {"panels.png"} and not err
-    assert [line for line in out.splitlines() if "matplotlib" in line] == [
-        "curves.png and iou.png are not drawn: they need matplotlib (pip install matplotlib)"]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run's settings; no TensorBoard writer is open."""
-    monkeypatch.setattr(engine, "event_writers", {})
+    monkeypatch.setattr(runs, "event_writers", {})
     return SimpleNamespace(path=tmp_path / "runs" / "x")
 
 
 def test_tensorboard_gets_every_number(run):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for iteration, loss in ((2, 9.0), (4, 8.0), (6, 7.0)):
-        engine.log(run, stage="train_cls", iteration=iteration, loss=loss)
-    engine.event_writers.clear()  # killed, and begun anew from iteration 3
-    engine.log(run, stage="train_cls", iteration=4, loss=1.0)
-    engine.log(run, stage="eval", split="val", method="plain", miou=47.5)
+        runs.log(run, stage="train_cls", iteration=iteration, loss=loss)
+    runs.event_writers.clear()  # killed, and begun anew from iteration 3
+    runs.log(run, stage="train_cls", iteration=4, loss=1.0)
+    runs.log(run, stage="eval", split="val", method="plain", miou=47.5)
 
     def scalars(stage, name):
         events = accumulator.EventAccumulator(str(run.path / "tensorboard" / stage)).Reload()
@@ -263,7 +232,7 @@ def test_without_tensorboard_nothing_changes(run, monkeypatch, capsys):
     for name in [name for name in sys.modules if "tensorboard" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    engine.log(run, stage="train_cls", iteration=2, loss=9.0)
+    runs.log(run, stage="train_cls", iteration=2, loss=9.0)
     assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
     assert json.loads((run.path / "metrics.jsonl").read_text())["loss"] == 9.0
     assert capsys.readouterr() == ("", "")

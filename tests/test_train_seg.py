@@ -9,6 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 import datasets
+from tools.shapes import make_shapes
 
 SMALL = ["train_seg.iterations=2", "train_seg.batch=2", "train_seg.crop=65", "train_seg.width=0.0625",
          "train_seg.weights=none", "run.workers=0", "eval.panels=0", "eval.scales=[1.0]"]
@@ -16,7 +17,7 @@ SMALL = ["train_seg.iterations=2", "train_seg.batch=2", "train_seg.crop=65", "tr
 
 @pytest.fixture
 def folder(tmp_path):
-    datasets.make_shapes(tmp_path / "data/shapes", train=4, val=1)
+    make_shapes(tmp_path / "data/shapes", train=4, val=1)
     return tmp_path
 
 
@@ -87,6 +88,6 @@ def test_masks_of_0_and_255_alone_are_refused(folder):
 
 @pytest.mark.parametrize("labels, words", [
     ("[a, b, c]", "names 3 folders"), ("[nowhere]", "nowhere is missing: correct train_seg.labels"),
-    ("[]", "Ycrf is missing: make it with python make_labels.py"), ("[ImageSets]", "no such mask; 4 of 4")])
+    ("[]", "Ycrf is missing: make it with python make_labels.py"), ("[ImageSets]", "no such mask (4 of 4 missing)")])
 def test_refused(folder, labels, words):
     assert words in last_line(train(folder, f"labels={labels}"))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import datasets
+from tools.shapes import make_shapes
 
 SMALL = ["data.classes=[bar, ring, cross, crescent, vee, wave]", "train_cls.iterations=1", "train_cls.batch=2",
          "train_cls.crop=65", "train_cls.backbone=vgg16", "train_cls.width=0.0625", "train_cls.weights=none",
@@ -18,7 +18,7 @@ SMALL = ["data.classes=[bar, ring, cross, crescent, vee, wave]", "train_cls.iter
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    datasets.make_shapes(folder / "data", train=3, val=2)
+    make_shapes(folder / "data", train=3, val=2)
     (folder / "data/SegmentationClassAug").rename(folder / "data/SegmentationClass")
     lists = folder / "data/ImageSets/Segmentation"
     (folder / "data/ImageSets/Main").mkdir()

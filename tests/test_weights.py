@@ -18,8 +18,11 @@ from PIL import Image
 from torch import nn
 
 import datasets
-import engine
 import models
+import runs
+import settings
+from settings import UsageError
+from tools.shapes import make_shapes
 
 LAYERS = {f"conv{block}_{number}": 64 * 2 ** min(block - 1, 3)
           for block, count in enumerate((2, 2, 3, 3, 3), 1) for number in range(1, count + 1)}
@@ -82,7 +85,7 @@ def refused(cache, *words):
         models.DeepLab(3, weights="caffe")
     message = str(error.value)
     assert "\n" not in message
-    for word in (str(cache / "vgg_caffe.pth"), models.CAFFE_URL, "weights=imagenet", *words):
+    for word in (str(cache / "vgg_caffe.pth"), models.CAFFE_URL, "set weights to a file", *words):
         assert word in message
 
 
@@ -156,7 +159,7 @@ def test_a_folder_that_cannot_be_made_is_no_missing_network(server, tmp_path):
 
 def test_the_authors_recipe_starts_from_it():
     for name, stages in (("voc_vgg16", ("train_cls", "train_seg")), ("voc_resnet101", ("train_cls",))):
-        config = engine.configure("train_cls", [str(ROOT / f"configs/{name}.yaml")])
+        config = settings.read("train_cls", [str(ROOT / f"configs/{name}.yaml")])
         assert all(getattr(config, stage).weights == "caffe" for stage in stages)
 
 
@@ -217,9 +220,9 @@ def authors(tmp_path_factory):
 
 
 def loaded(script, tmp_path, network, file):
-    config = engine.configure(script, ["data.root=x", "run.device=cpu"])
-    config.path = tmp_path
-    return engine.load_network(config, "none.pt", network, engine.Training(), str(file))
+    config = settings.read(script, ["data.root=x", "run.device=cpu"])
+    config.path, config.device = tmp_path, torch.device("cpu")
+    return runs.load_network(config, "none.pt", network, settings.TrainCls(), str(file))
 
 
 def pictures(*size):
@@ -288,7 +291,7 @@ def refused_line(script, *arguments, cwd):
 
 def test_scripts_use_a_file_without_a_training(tmp_path, authors):
     networks, file = authors
-    datasets.make_shapes(tmp_path / "data/shapes", train=2, val=1)
+    make_shapes(tmp_path / "data/shapes", train=2, val=1)
     done("make_labels", f"weights={file}", "splits=[val]", cwd=tmp_path)
     done("eval", f"weights={file}", cwd=tmp_path)
     folder = tmp_path / "runs/shapes"
@@ -313,7 +316,7 @@ def test_scripts_use_a_file_without_a_training(tmp_path, authors):
 
 
 def test_what_a_file_made_is_remembered_by_its_content(tmp_path):
-    config = engine.configure("eval", ["data.root=x", "run.device=cpu"])
+    config = settings.read("eval", ["data.root=x", "run.device=cpu"])
     config.path, folder = tmp_path / "run", tmp_path / "run/predictions/plain"
     files = {"theirs.pth": b"weights", "copy.pth": b"weights", "other.pth": b"others", "run/seg.pt": b"weights"}
     folder.mkdir(parents=True)
@@ -321,13 +324,14 @@ def test_what_a_file_made_is_remembered_by_its_content(tmp_path):
         (tmp_path / name).write_bytes(content)
 
     def claim(name):
-        engine.claim(config, folder, {"a.b": 1}, tmp_path / name)
+        runs.discard_outdated(config, folder, "eval", {"a.b": 1},
+                              tmp_path / name)
 
     claim("theirs.pth")
     (folder / "x.png").write_bytes(b"prediction")
     claim("copy.pth")
     for name in ("other.pth", "run/seg.pt"):
-        with pytest.raises(engine.UsageError, match="made with other settings: weights"):
+        with pytest.raises(UsageError, match="made with other settings: weights"):
             claim(name)
     assert (folder / "x.png").exists()
     config.run.overwrite = True
@@ -337,12 +341,13 @@ def test_what_a_file_made_is_remembered_by_its_content(tmp_path):
 
 def test_files_that_scripts_refuse(tmp_path, authors):
     _, file = authors
-    datasets.make_shapes(tmp_path / "data/shapes", train=2, val=1)
+    make_shapes(tmp_path / "data/shapes", train=2, val=1)
     assert "nowhere.pth: no such file" in refused_line("eval", "weights=nowhere.pth", cwd=tmp_path)
     line = refused_line("eval", f"weights={file}", "data.classes=[bar, ring]", "train_seg.weights=none", cwd=tmp_path)
-    assert "theirs.pth: holds other weights" in line and "DeepLab" in line
+    assert "theirs.pth: not the weights of a DeepLab" in line and "DeepLab" in line
     network = models.BoxClassifier(2, width=0.0625)
-    torch.save(dict(network=dict(backbone="vgg16", width=0.0625), classes=["a", "b"], model=network.state_dict()),
+    torch.save(dict(network=dict(kind="BoxClassifier", backbone="vgg16", width=0.0625),
+                    classes=["a", "b"], model=network.state_dict()),
                tmp_path / "cls.pt")
     line = refused_line("make_labels", "weights=cls.pt", "train_cls.width=0.0625", cwd=tmp_path)
     assert "cls.pt: was trained on the classes" in line

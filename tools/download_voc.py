@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 
-from datasets import DataError, Pathlike, read_ids, read_list, read_mask, write, write_mask
+from datasets import DataError, Pathlike, read_list, read_mask, write, write_mask
 
 PARTS = {"2007": ("2007", "2007-test"), "2012": ("2012",)}  # torchvision's names of VOC's archives
 LAST = {"2007": "test", "2012": "train_aug"}  # a list that only the whole folder has
@@ -77,7 +77,8 @@ def merge_augmented(voc: Path, sbd: Path, expected: int = 10582) -> None:
 
     Raises DataError, with nothing written, unless that is `expected` ids."""
     val = read_list(voc, "val")
-    ids = {*read_ids(sbd / "train.txt"), *read_ids(sbd / "val.txt"), *read_list(voc, "train")} - set(val)
+    texts = [(sbd / f"{split}.txt").read_text() for split in ("train", "val")]
+    ids = {*" ".join(texts).split(), *read_list(voc, "train")} - set(val)
     if len(ids) != expected:
         raise DataError(f"{voc}: with SBD {len(ids)} ids for train_aug, not {expected}; "
                         "move this folder away and run the same command again")

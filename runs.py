@@ -1,0 +1,486 @@
+"""What a run needs around its science: the start and end of a script, the
+ranks of torchrun, the files under runs/NAME, and worker processes.
+"""
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import platform
+import reprlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import datasets
+import models
+import settings
+from settings import UsageError
+
+ROOT = Path(__file__).parent
+FAULTS = datasets.DataError, models.WeightsError, UsageError
+MADE_BY = {"cls.pt": "train_cls.py", "seg.pt": "train_seg.py"}
+PACKAGES = "torch", "torchvision", "timm", "numpy", "pydensecrf2"
+event_writers: dict = {}  # folder of a stage -> TensorBoard's writer
+AnyNetwork = TypeVar("AnyNetwork", bound=models.Network)
+
+
+# ------------------------------------------------------------------- scripts
+
+def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
+    """Calls main(config). A fault of the user's ends as one line on stderr
+    and status 2, Ctrl-C as one line and 130; a fault of the machine is
+    Python's own error, status 1.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(settings.help_text(script))
+        return
+    sys.excepthook = end_with_traceback
+    try:
+        config = settings.read(script, arguments)
+        config.device = join_processes(find_device(config.run.device))
+        if config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        write_shapes(config, arguments)
+        main(config)
+    except FAULTS as fault:
+        # A DataLoader's worker sends it inside a traceback, at its end.
+        line = str(fault).strip().splitlines()[-1]
+        end(line.split("Error: ", 1)[-1], 2)
+    except KeyboardInterrupt:
+        end("interrupted; the same command resumes", 130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end(line: str, status: int) -> None:
+    """Ends the program with a line on stderr."""
+    whose = f"rank {rank()}: " if dist.is_initialized() else ""
+    print(f"{Path(sys.argv[0]).name}: {whose}{line}", file=sys.stderr)
+    if status == 2 and not dist.is_initialized():
+        sys.exit(2)
+    end_now(status)
+
+
+def end_with_traceback(kind, error, trace) -> None:
+    """Python's own report of an error, as sys.excepthook."""
+    traceback.print_exception(kind, error, trace)
+    if dist.is_initialized():
+        # torchrun blames the first rank that ends. One that only lost
+        # another must not be it.
+        time.sleep(5)
+    end_now(1)
+
+
+def end_now(status: int) -> None:
+    """The interpreter's own end may wait for ever, for workers that died or
+    ranks that are gone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def write_shapes(config: SimpleNamespace, arguments: list[str]) -> None:
+    """Writes the demo set where the settings want it and it is missing. If
+    data.root was named on the command line, it is missing by mistake.
+    """
+    named = any(a.startswith("data.root=") for a in arguments)
+    missing = not Path(config.data.root).exists()
+    if config.data.shapes and missing and not named and rank() == 0:
+        from tools.shapes import make_shapes
+        print(f"writing the shapes set to {config.data.root}")
+        make_shapes(config.data.root)
+    barrier()
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"run.device: {name}: {reason}; use auto or "
+                         "cpu") from None
+
+
+# ------------------------------------------------------- the ranks of torchrun
+# Each is one process, on one GPU. They share out batches and images; rank 0
+# alone prints, and writes what is a single file.
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_ranks() -> dist.ProcessGroup | None:
+    """The group for what runs over a batch; None for a single process."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def of_this_rank(count: int) -> range:
+    """Which of `count` images this rank works on."""
+    return range(count)[rank()::num_ranks()]
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Under torchrun: joins the other ranks. Returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return device
+    if not {"RANK", "LOCAL_RANK"} <= set(os.environ):
+        raise UsageError("WORLD_SIZE is set, but not RANK and LOCAL_RANK: "
+                         "start several processes with torchrun")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise UsageError(f"local rank {local} has no GPU of its own: "
+                             f"torchrun's --nproc-per-node is {gpus} at most")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    # One rank may be hours ahead of another, while labels are made. A rank
+    # that dies is noticed by torchrun at once.
+    dist.init_process_group("nccl" if on_gpu else "gloo",
+                            timeout=timedelta(hours=2),
+                            device_id=device if on_gpu else None)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+# ------------------------------------------------------- files under runs/NAME
+
+def write_json(path: Path, content: dict) -> None:
+    datasets.write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """A file of write_json; {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not what this program wrote; remove it")
+    return content
+
+
+def save(path: Path, content: dict) -> None:
+    """torch.save, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    datasets.write(path, buffer.getbuffer())
+
+
+def digest(*paths: Path) -> str | None:
+    """A hash of the files' content; None where the first is no file."""
+    if not paths or not paths[0].is_file():
+        return None
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:12]
+
+
+def settings_of(config: SimpleNamespace, section: str, *others: str,
+                without: Collection[str] = ()) -> dict:
+    """What decides a stage's results, as section.key -> value: its own
+    settings but those in `without`, the `others`, and those in common.
+    """
+    keys = [f"{section}.{key}" for key in asdict(getattr(config, section))
+            if key not in without]
+    keys += ["data.root", "data.classes", "run.precision", *others]
+    values = {}
+    for key in keys:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        values[key] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def refuse_changes(path: Path, before: object, now: dict) -> None:
+    """Refuses to continue or replace what other settings made."""
+    before = before if isinstance(before, dict) else {}
+    changed = [f"{key} {reprlib.repr(before.get(key))} -> "
+               f"{reprlib.repr(now.get(key))}" for key in {**before, **now}
+               if before.get(key) != now.get(key)]
+    if changed:
+        raise UsageError(f"{path} was made with other settings: "
+                         f"{', '.join(changed)}; set run.name to a new one, "
+                         "or overwrite=true to discard it")
+
+
+def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
+                     settings: dict, source: Path) -> None:
+    """Empties `folder` unless the same settings and checkpoint `source` made
+    what it holds. What other settings made is refused, or discarded with
+    run.overwrite. A source outside this run counts as a setting: it is not a
+    newer state of this run that outdates older files.
+    """
+    if rank() == 0:
+        now = {"settings": settings, source.name: digest(source)}
+        if source.parent != config.path:
+            now = {"settings": settings | {"weights": digest(source)}}
+        replace_if_changed(folder, now, config.run.overwrite)
+        write_settings(config, script)
+    barrier()
+
+
+def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
+    stamp = folder / "made_with.json"
+    before = read_json(stamp)
+    trash = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(trash, ignore_errors=True)
+    if before == now:
+        return
+    if "settings" in before and not overwrite:
+        refuse_changes(folder, before["settings"], now["settings"])
+    if folder.is_dir():
+        if not before and not overwrite and any(
+                path.name[0] != "." for path in folder.iterdir()):
+            raise UsageError(f"{folder} holds files but no {stamp.name}: "
+                             "remove it, or set overwrite=true")
+        # Renamed first: a kill must not leave some that look finished.
+        folder.rename(trash)
+        shutil.rmtree(trash)
+    write_json(stamp, now)
+
+
+def write_settings(config: SimpleNamespace, script: str) -> None:
+    """runs/NAME/settings.yaml: the script's settings, those of stages that
+    ran before as they were then, and a line of versions for each script.
+    """
+    path = config.path / "settings.yaml"
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    earlier = yaml.safe_load(before) or {}
+    header = {line.split(":")[0]: line for line in before.splitlines()
+              if line.startswith("# ")}
+    now = json.loads(json.dumps(  # tuples to lists
+        {name: asdict(getattr(config, name)) for name in settings.SECTIONS}))
+    current = {"run", "data", script}
+    sections = {name: values if name in current
+                else earlier.get(name, values)
+                for name, values in now.items()}
+    header[f"# {script}.py"] = f"# {script}.py: {versions()}"
+    text = "\n".join([*header.values(), yaml.safe_dump(
+        sections, sort_keys=False, allow_unicode=True,
+        default_flow_style=None)])
+    if text != before:
+        datasets.write(path, text.encode())
+
+
+def versions() -> str:
+    """The commit of this code, and what it runs on."""
+    found = [f"commit {commit()}", f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            pass
+    return ", ".join(found)
+
+
+def commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT, capture_output=True, text=True,
+            check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def log(config: SimpleNamespace, stage: str, iteration: int | None = None,
+        **values: float | str) -> None:
+    """Appends a line to runs/NAME/metrics.jsonl; the numbers go to
+    TensorBoard, too, where it is installed.
+    """
+    if rank():
+        return
+    config.path.mkdir(parents=True, exist_ok=True)
+    line: dict = dict(time=round(time.time(), 3), stage=stage)
+    if iteration is not None:
+        line["iteration"] = iteration
+    with open(config.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line | values) + "\n")
+    folder = (config.path / "tensorboard" / stage).resolve()
+    log_tensorboard(folder, stage, iteration, values)
+
+
+def log_tensorboard(folder: Path, stage: str, iteration: int | None,
+                    values: dict[str, float | str]) -> None:
+    """Scalars named by the words in values: eval/val/plain/miou."""
+    if folder not in event_writers:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        # From this step on, what an earlier process wrote is dropped.
+        event_writers[folder] = SummaryWriter(folder, purge_step=iteration)
+    words = [stage, *(v for v in values.values() if isinstance(v, str))]
+    for name, value in values.items():
+        if not isinstance(value, str):
+            event_writers[folder].add_scalar("/".join((*words, name)), value,
+                                             iteration or 0)
+    event_writers[folder].flush()
+
+
+def read_checkpoint(path: Path) -> dict:
+    """cls.pt or seg.pt of this run."""
+    script = MADE_BY[path.name]
+    if not path.exists():
+        raise UsageError(f"{path} is missing: make it with python {script}")
+    try:
+        content = models.read_file(path)
+    except models.WeightsError:
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not a checkpoint; delete it, then run "
+                         f"python {script}")
+    return content
+
+
+def load_network(config: SimpleNamespace, name: str, network: AnyNetwork,
+                 backbone: settings.Training,
+                 weights: str = "") -> AnyNetwork:
+    """Loads runs/NAME/cls.pt or seg.pt into a network, in evaluation mode;
+    or the file `weights`: a checkpoint of another run, or a state dict in
+    the names of the authors' code. A checkpoint's backbone and classes must
+    be those of the settings.
+    """
+    path = Path(weights) if weights else config.path / name
+    content = models.read_file(path) if weights else read_checkpoint(path)
+    if isinstance(content, dict) and (not weights or "model" in content):
+        here = description(network, backbone)
+        found, classes = content.get("network"), content.get("classes")
+        if found != here:
+            raise UsageError(f"{path}: holds the network "
+                             f"{reprlib.repr(found)}, but the settings say "
+                             f"{here}")
+        if classes != list(config.data.classes):
+            raise UsageError(f"{path}: was trained on the classes "
+                             f"{reprlib.repr(classes)}, not on data.classes")
+    state = models.state_of(content, path)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: not the weights of a {type(network).__name__} of "
+            f"{backbone.backbone}; set weights or backbone") from None
+    network = network.eval().to(config.device)
+    return network.to(memory_format=torch.channels_last)
+
+
+def description(network: models.Network, s: settings.Training) -> dict:
+    """What a checkpoint says of its network."""
+    return dict(kind=type(network).__name__, backbone=s.backbone,
+                width=s.width)
+
+
+# ------------------------------------------------------------------- workers
+
+def spread(items: Sequence, count: int) -> list:
+    """`count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def bar(iterable: Iterable, title: str, **options) -> tqdm:
+    return tqdm(iterable, title, dynamic_ncols=True, disable=rank() > 0,
+                **options)
+
+
+def in_workers(config: SimpleNamespace, dataset: Dataset,
+               **options) -> DataLoader:
+    """torch's loader of a dataset; by default one sample at a time. On Linux
+    its workers are forked, as was the default before Python 3.14: others
+    would be sent each tensor of boxes as an open file, and some 250 is all
+    that the system allows.
+    """
+    workers = config.run.workers
+    forked = workers and sys.platform == "linux"
+    if "batch_sampler" not in options:
+        options["batch_size"] = None
+    return DataLoader(dataset, num_workers=workers,
+                      multiprocessing_context="fork" if forked else None,
+                      worker_init_fn=ignore_interrupts, **options)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Leaves Ctrl-C to the parent: a worker stopped halfway could keep a lock
+    that its parent waits for. Faults reach the parent as exceptions; that
+    the parent is gone needs no traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
+
+
+def follow_parent() -> None:
+    """A worker ends when its parent is killed."""
+    def wait_and_end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
+
+
+def overlap(workers: int, function: Callable,
+            tasks: Iterable[tuple]) -> Iterator[tuple]:
+    """Runs `function` in worker processes while `tasks` goes on.
+
+    tasks yields pairs (kept, arguments); this yields (kept,
+    function(*arguments)) in the same order. At most two tasks a worker wait,
+    so memory stays flat. workers=0: in this process.
+    """
+    if not workers:
+        for kept, arguments in tasks:
+            yield kept, function(*arguments)
+        return
+    # Workers are spawned: a fork would copy the locks of this process's
+    # threads, and its GPU. They inherit that Ctrl-C is ignored.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), follow_parent)
+    pool.submit(int)  # starts them all
+    signal.signal(signal.SIGINT, handler)
+    waiting: deque = deque()
+    for kept, arguments in tasks:
+        waiting.append((kept, pool.submit(function, *arguments)))
+        if len(waiting) > 2 * workers:
+            kept, future = waiting.popleft()
+            yield kept, future.result()
+    for kept, future in waiting:
+        yield kept, future.result()
+    pool.shutdown()  # not after a worker's death: it may wait for ever

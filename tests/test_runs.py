@@ -1,0 +1,112 @@
+"""Files of a run, and its worker processes."""
+import multiprocessing
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import runs
+import settings
+from settings import UsageError
+
+
+def slow_square(x):
+    return x * x
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_overlap_keeps_the_order(workers):
+    asked = []
+
+    def tasks():
+        for k in range(12):
+            asked.append(k)
+            yield k, (k,)
+
+    results = runs.overlap(workers, slow_square, tasks())
+    assert next(results) == (0, 0)
+    assert len(asked) <= 2 * max(workers, 1) + 1  # it does not run ahead of its consumer
+    assert list(results) == [(k, k * k) for k in range(1, 12)]
+
+
+def test_spread():
+    assert runs.spread(list("abcdefgh"), 3) == ["a", "c", "f"]
+    assert runs.spread([1], 3) == [1]
+
+
+def opened(tmp_path, made_with=None, overwrite=False):
+    config = settings.read("make_labels", [f"run.overwrite={overwrite}"])
+    config.path = tmp_path
+    runs.discard_outdated(config, tmp_path / "labels", "make_labels",
+                          made_with or {"a.b": 1}, tmp_path / "cls.pt")
+
+
+def test_outdated_files_are_discarded_or_refused(tmp_path):
+    (tmp_path / "cls.pt").write_bytes(b"weights")
+    file = tmp_path / "labels" / "Ycrf" / "x.png"
+
+    def make():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"label")
+
+    opened(tmp_path)
+    make()
+    opened(tmp_path)
+    assert file.exists()  # the same settings: kept
+    with pytest.raises(UsageError, match="labels was made with other settings: a.b 1 -> 2; set"):
+        opened(tmp_path, {"a.b": 2})
+    assert file.exists()
+    opened(tmp_path, {"a.b": 2}, overwrite=True)
+    assert not file.exists()
+    make()
+    (tmp_path / "cls.pt").write_bytes(b"other weights")
+    opened(tmp_path, {"a.b": 2})
+    assert not file.exists()  # labels of another checkpoint go
+    make()
+    (tmp_path / "labels" / "made_with.json").unlink()
+    with pytest.raises(UsageError, match="holds files but no made_with.json"):
+        opened(tmp_path)
+    (tmp_path / "labels" / "made_with.json").write_text("{")
+    with pytest.raises(UsageError, match="not what this program wrote"):
+        opened(tmp_path)
+
+
+def test_workers_read_a_dataset_of_many_tensors_whatever_pythons_way_to_start_them():
+    """Python 3.14's way sends them each tensor as an open file, of at most 256."""
+    default = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        config = SimpleNamespace(run=SimpleNamespace(workers=1))
+        dataset = [torch.tensor([number]) for number in range(300)]
+        assert [int(number) for number in runs.in_workers(config, dataset)] == list(range(300))
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+
+
+def test_a_run_can_be_repeated_from_its_settings(tmp_path, monkeypatch):
+    """Stage 1's settings stay while stage 2 runs without them."""
+    monkeypatch.chdir(tmp_path)
+    first = settings.read("train_cls", ["train_cls.lr=0.5", "name=x",
+                                        "data.classes=['yes', '1']"])
+    runs.write_settings(first, "train_cls")
+    second = settings.read("make_labels", ["threshold=0.5", "name=x"])
+    runs.write_settings(second, "make_labels")
+    text = (tmp_path / "runs/x/settings.yaml").read_text()
+    again = settings.read("eval", ["runs/x/settings.yaml"])
+    assert again.train_cls == first.train_cls
+    assert again.make_labels == second.make_labels
+    assert again.run == second.run and again.data == second.data
+    lines = [line for line in text.splitlines() if line.startswith("#")]
+    assert [line.split(":")[0] for line in lines] == [
+        "# train_cls.py", "# make_labels.py"]
+    for line in lines:
+        assert f"torch {torch.__version__.split('+')[0]}" in line
+        assert "commit " in line and "numpy " in line
+
+
+def test_a_mistyped_folder_is_not_filled_with_shapes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argument = "data.root=nowhere"
+    config = settings.read("train_cls", [argument])
+    runs.write_shapes(config, [argument])
+    assert not (tmp_path / "nowhere").exists()

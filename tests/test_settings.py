@@ -1,0 +1,121 @@
+"""Settings: defaults, then a file, then the command line; what is refused."""
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import settings
+from settings import UsageError
+
+
+def read(*arguments):
+    return settings.read("train_cls", list(arguments))
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train_cls: {lr: 2e-3, batch: 7}\n")
+    config = read(str(file), "train_cls.batch=9", "run.name=other")
+    assert (config.train_cls.lr, config.train_cls.batch, config.train_cls.iterations) == (2e-3, 9, 8000)
+    assert str(config.path) == "runs/other"
+
+
+def test_a_bare_key_is_the_scripts_own_or_of_run():
+    config = read("pooling=gap", "name=mine")
+    assert (config.train_cls.pooling, config.run.name) == ("gap", "mine")
+
+
+def test_values_that_look_like_numbers_stay_text():
+    assert read("run.name=7").run.name == "7"
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("train_cls.poolng=gap", "unknown setting train_cls.poolng; did you mean pooling?"),
+    ("train_csl.pooling=gap", "unknown section train_csl; did you mean train_cls?"),
+    ("poling=gap", "unknown setting train_cls.poling; did you mean pooling?"),
+    ("pooling=max", "train_cls.pooling is 'max', not one of bap, gap"),
+    ("batch=many", "train_cls.batch is 'many', not a int"),
+    ("batch=1.5", "train_cls.batch is 1.5, not a int"),
+    ("balance=2", "train_cls.balance is 2, not a bool"),
+    ("lr=fast", "train_cls.lr is 'fast', not a float"),
+    ("scale=1", "train_cls.scale is 1, not a list of 2 float"),
+    ("balance=!!bool x", "train_cls.balance is '!!bool x', not a bool"),
+    ("run.name=../x", "run.name is '../x'"),
+    ("momentum=-1", "train_cls.momentum is -1.0, not at least 0"),
+    ("poly=-1", "train_cls.poly is -1.0, not at least 0"),
+    ("train_seg.new_lr=-1", "train_seg.new_lr is -1.0, not at least 0"),
+    ("decay=-1", "train_cls.decay is -1.0, not at least 0"),
+    ("train_cls.scale=[1]", "train_cls.scale is [1], not a list of 2 float"),
+    ("scale=[0, 1]", "train_cls.scale is (0.0, 1.0), not at least 0.01"),
+    ("scale=[2, 1]", "not low, high"),
+    ("eval.scales=[]", "eval.scales is (), not at least 0.01"),
+    ("eval.crf_bilateral=[4, 1e-8, 3]", "not at least 0.1"),
+    ("lr=.nan", "train_cls.lr is nan, not a float"),
+])
+def test_bad_arguments(argument, words):
+    with pytest.raises(UsageError) as error:
+        read(argument)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("train_cls: {lrr: 1}", "unknown setting train_cls.lrr; did you mean lr?"),
+    ("trian_cls: {lr: 1}", "unknown section trian_cls; did you mean train_cls?"),
+    ("train_cls: 3", "section train_cls is 3"),
+    ("[1, 2]", "not sections"),
+    ("a: [", "not YAML"),
+    ("run: {name: !!timestamp x}", "not YAML: "),
+    ("run: {overwrite: !!bool x}", "not YAML: "),
+    ("run: {seed: !!int ''}", "not YAML: "),
+    ("train_seg: {loss: ce}", "train_seg.loss is 'ce', not one of nal, crf, ret, agree, entropy, bootstrap"),
+])
+def test_bad_files(tmp_path, text, words):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        read(str(file))
+    assert words in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_such_settings_file():
+    with pytest.raises(UsageError, match="nowhere.yaml: no such file"):
+        read("nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(settings.DEFAULT_CONFIG.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_settings_file_is_valid(path):
+    read(str(path))
+
+
+@pytest.mark.parametrize("script", ["train_cls", "make_labels", "train_seg", "eval"])
+def test_help_names_every_setting_once_with_its_default_and_comment(script):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    _, *sections = done.stdout.split("\n\n")
+    for text, name in zip(sections, (script, "data", "run"), strict=True):
+        title, *lines = text.splitlines()
+        kind = settings.SECTIONS[name]
+        assert title == name
+        found = [re.match(r"    (\w+): ", line) for line in lines]
+        names = [match[1] for match in found if match]
+        fields = dataclasses.fields(kind)
+        assert sorted(names) == sorted(field.name for field in fields)
+        for field in fields:
+            line = next(m.string for m in found if m and m[1] == field.name)
+            if line.endswith(","):  # a long type, in two lines
+                continue
+            default = line.split(" = ")[1].split("  #")[0]
+            expected = field.default
+            if field.name != "classes":
+                assert eval(default) == expected
+
+
+@pytest.mark.parametrize("argument", ["-v", "--seed", "--train_cls.lr=1"])
+def test_options_are_told_how_settings_are_given(argument):
+    with pytest.raises(UsageError, match=f"{argument}: settings are given as key=value; --help lists them"):
+        read(argument)
+
+

@@ -164,15 +164,20 @@ def last_pass(path: Path, stage: str) -> list[dict]:
     numbers replace those before.
     """
     points: list[dict] = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    damaged = 0
+    for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except ValueError:  # cut short by a kill
-            continue
-        if line["stage"] == stage:
+            if line["stage"] != stage:
+                continue
             while points and points[-1]["iteration"] >= line["iteration"]:
                 points.pop()
-            points.append(line)
+        except (ValueError, LookupError, TypeError):  # a kill, a full disk
+            damaged += 1
+            continue
+        points.append(line)
+    if damaged:
+        print(f"{path}: {damaged} damaged lines skipped")
     return points
 
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import reprlib
 import shutil
 import signal
@@ -66,8 +67,9 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
         main(config)
     except FAULTS as fault:
         # A DataLoader's worker sends it inside a traceback, at its end.
-        line = str(fault).strip().splitlines()[-1]
-        end(line.split("Error: ", 1)[-1], 2)
+        end(re.split(r"^[\w.]+Error: ", str(fault).strip(), flags=re.M)[-1], 2)
+    except torch.cuda.OutOfMemoryError as error:
+        end(f"{error}; a smaller batch or crop needs less", 1)
     except KeyboardInterrupt:
         end("interrupted; the same command resumes", 130)
     if dist.is_initialized():
@@ -76,6 +78,7 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
 
 def end(line: str, status: int) -> None:
     """Ends the program with a line on stderr."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     whose = f"rank {rank()}: " if dist.is_initialized() else ""
     print(f"{Path(sys.argv[0]).name}: {whose}{line}", file=sys.stderr)
     if status == 2 and not dist.is_initialized():
@@ -333,8 +336,12 @@ def log(config: SimpleNamespace, stage: str, iteration: int | None = None,
     line: dict = dict(time=round(time.time(), 3), stage=stage)
     if iteration is not None:
         line["iteration"] = iteration
-    with open(config.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line | values) + "\n")
+    with open(config.path / "metrics.jsonl", "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a full disk cut the last line short
+                file.write(b"\n")
+        file.write(json.dumps(line | values).encode() + b"\n")
     folder = (config.path / "tensorboard" / stage).resolve()
     log_tensorboard(folder, stage, iteration, values)
 

@@ -12,7 +12,8 @@ thread each.
 
 Each run is the scripts' own, runs/voc2007_NAME, with all they print in its
 log.txt. The scripts skip what is done and resume what was stopped, so the
-same command continues a study; at its end it prints a table.
+same command continues a study. At its end it prints a table, and gathers what
+the table is made from in runs/voc2007_STUDY.json; docs/voc2007 keeps these.
 """
 import json
 import os
@@ -136,6 +137,20 @@ def table_of_segmenters():
                   f"{result['method']} | {result['miou']:.1f} |")
 
 
+def gather(name, folders):
+    """Settings, scores and numbers of each run, as its files hold them."""
+    kept = {}
+    for folder in map(Path, folders):
+        kept[folder.name] = {file: json.loads((folder / file).read_text())
+                             for file in ("labels/made_with.json",
+                                          "labels/scores.json", "eval.json")
+                             if (folder / file).exists()}
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        kept[folder.name]["metrics.jsonl"] = [json.loads(x) for x in lines]
+    text = json.dumps(kept)
+    Path("runs", f"voc2007_{name}.json").write_text(text + "\n")
+
+
 def main(name, settings):
     with ThreadPoolExecutor(2) as pool:
         if name == "segmenters":
@@ -145,11 +160,15 @@ def main(name, settings):
                         for row, changes in segmenters(seed).items()]
                 for job in jobs:
                     job.result()
-            return table_of_segmenters()
+            table_of_segmenters()
+            return gather(name, [f"runs/voc2007_{row}_{seed}" for seed in SEEDS
+                                 for row in segmenters(seed)])
         classifiers = study(name)
         list(pool.map(lambda c: classify(c[0], c[1] + settings, *c[2:]),
                       classifiers))
     table_of_labels(classifiers)
+    gather(name, [f"runs/voc2007_{run}{row}" for run, _, _, rows in classifiers
+                  for row in rows])
 
 
 if __name__ == "__main__":

@@ -188,6 +188,18 @@ def test_the_last_pass_of_a_stage(numbers):
     assert pictures.last_pass(Path("nothing"), "train_cls") == []
 
 
+def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = {"stage": "train_cls", "iteration": 3, "loss": 1.0}
+    other = {"stage": "make_labels", "Ycrf": 1.0}
+    path.write_bytes(b"\n".join([
+        json.dumps(good).encode(), b'{"stage": "train_cls", "itera', b"[1]",
+        b'{"stage": "train_cls", "iteration": "x"}', b"\xff\xfe", b"7",
+        json.dumps(other).encode(), b""]))
+    assert pictures.last_pass(path, "train_cls") == [good]
+    assert f"{path}: 5 damaged lines skipped" in capsys.readouterr().out
+
+
 def test_curves_hold_these_numbers(numbers, monkeypatch):
     figures, png_of = [], pictures.png_of
     monkeypatch.setattr(pictures, "png_of",

@@ -1,5 +1,7 @@
 """Files of a run, and its worker processes."""
+import json
 import multiprocessing
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -110,3 +112,37 @@ def test_a_mistyped_folder_is_not_filled_with_shapes(tmp_path, monkeypatch):
     config = settings.read("train_cls", [argument])
     runs.write_shapes(config, [argument])
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_line_that_was_cut_short_swallows_no_other(tmp_path):
+    config = SimpleNamespace(path=tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    runs.log(config, "x", 1, loss=1.0)
+    path.write_bytes(path.read_bytes()[:-9])
+    runs.log(config, "x", 2, loss=2.0)
+    runs.log(config, "x", 3, loss=3.0)
+    assert [json.loads(line)["loss"] for line in
+            path.read_text().splitlines()[1:]] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (UsageError("a: b\nError: c\x1b[2J"), 2, "a: b\\nError: c\\x1b[2J"),
+    (UsageError("Caught it in a worker.\nTraceback:\n  here\n"
+                "datasets.DataError: x.png: no such image\n"), 2,
+     "x.png: no such image"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 1,
+     "CUDA out of memory. Tried 2 GiB; a smaller batch or crop needs less"),
+    (KeyboardInterrupt(), 130, "interrupted; the same command resumes")])
+def test_how_a_script_ends(monkeypatch, capsys, error, status, line):
+    def main(config):
+        raise error
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(runs, "end_now", leave)
+    monkeypatch.setattr(sys, "argv", ["dir/train_cls.py", "data.shapes=false"])
+    with pytest.raises(SystemExit) as end:
+        runs.launch("train_cls", main)
+    assert end.value.code == status
+    assert capsys.readouterr().err == f"train_cls.py: {line}\n"

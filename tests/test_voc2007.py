@@ -46,6 +46,11 @@ def test_labels_study(folder, monkeypatch, capsys):
         assert made["make_labels.u0"] == ("_no" not in run)
     trained = {path.parent.name for path in (folder / "runs").glob("*_1*/cls.pt")}
     assert trained == {"voc2007_bap_1", "voc2007_gap_1"}
+    kept = json.loads((folder / "runs/voc2007_labels.json").read_text())
+    assert len(kept) == 2 * 3 and all(
+        run["labels/scores.json"] == json.loads(
+            (folder / "runs" / name / "labels/scores.json").read_text())
+        for name, run in kept.items())
     times = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.p[tn]*")}
     voc2007.main("labels", SMALL)
     assert capsys.readouterr().out == text

@@ -12,7 +12,7 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy *.py tools/*.py
-	$(PY) -m pytest tests -n auto --dist loadfile
+	$(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 # pydensecrf2 asks for a Cython to build with that knows no Python after 3.12: it gets today's, without isolation.
 .venv/installed: requirements.txt

@@ -44,6 +44,8 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     partial = path.with_name(f"{path.name}.partial")
     made_with = inputs | runs.settings_of(config, script, "data.train",
                                           "run.seed")
+    if runs.rank() == 0:
+        runs.hold(config)
     if finished_before(config, path, partial, made_with):
         return
     if s.batch < runs.num_ranks():

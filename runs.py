@@ -42,6 +42,7 @@ FAULTS = datasets.DataError, models.WeightsError, UsageError
 MADE_BY = {"cls.pt": "train_cls.py", "seg.pt": "train_seg.py"}
 PACKAGES = "torch", "torchvision", "timm", "numpy", "pydensecrf2"
 event_writers: dict = {}  # folder of a stage -> TensorBoard's writer
+locks: list = []  # open files that this process holds locked
 AnyNetwork = TypeVar("AnyNetwork", bound=models.Network)
 
 
@@ -183,6 +184,30 @@ def join_processes(device: torch.device) -> torch.device:
 
 # ------------------------------------------------------- files under runs/NAME
 
+def hold(config: SimpleNamespace) -> None:
+    """Refuses a second process that would write to this run. The lock is in
+    runs/NAME/lock; the system drops it when this process ends or is killed.
+    """
+    config.path.mkdir(parents=True, exist_ok=True)
+    file = open(config.path / "lock", "a+", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UsageError(f"{config.path} is in use by {file.read()}; wait "
+                         "for it, or set another run.name") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}: python "
+               f"{' '.join(sys.argv)}")
+    file.flush()
+    locks.append(file)  # closing it would drop the lock
+
+
 def write_json(path: Path, content: dict) -> None:
     datasets.write(path, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -253,6 +278,7 @@ def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
     newer state of this run that outdates older files.
     """
     if rank() == 0:
+        hold(config)
         now = {"settings": settings, source.name: digest(source)}
         if source.parent != config.path:
             now = {"settings": settings | {"weights": digest(source)}}

@@ -48,7 +48,7 @@ def test_every_file_is_there(work):
               for name in ids["train"] + ids["val"]}
     predictions = {f"predictions/plain/{name}.png" for name in ids["val"]}
     others = {"cls.pt", "labels/made_with.json", "labels/scores.json", "seg.pt", "predictions/plain/made_with.json",
-              "eval.json", "metrics.jsonl", "settings.yaml", "panels.png", "curves.png"}
+              "eval.json", "metrics.jsonl", "settings.yaml", "lock", "panels.png", "curves.png"}
     assert names == labels | predictions | others
 
 
@@ -211,7 +211,7 @@ def refused(script, capsys, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *SMALL, "data.shapes=false", *arguments])
 
     def times():
-        """Of every file but settings.yaml, which a start may write."""
+        """Of every file but settings.yaml and lock, which a start writes."""
         return {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.*")
                 if path.is_file() and path.name != "settings.yaml"}
 

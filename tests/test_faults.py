@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tools.shapes import make_shapes
+import models
+from tools.shapes import SHAPES, make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["train_cls.iterations=8", "train_cls.batch=2", "train_cls.crop=65", "train_cls.width=0.0625",
@@ -180,3 +182,32 @@ def test_a_killed_stage_leaves_no_process_behind(folder, script, arguments):
     process.communicate()
     wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and "python" in Path(
         f"/proc/{pid}/cmdline").read_text() for pid in workers))
+
+
+@pytest.mark.parametrize("second", ["train_cls", "make_labels", "train_seg",
+                                    "eval"])
+def test_a_second_process_is_told_who_writes_to_the_run(folder, second):
+    """Killed, the first holds nothing: the second starts at once."""
+    run = folder / "runs/shapes"
+    network = models.DeepLab(7, "vgg16_bn", width=0.0625)
+    torch.save(dict(network=dict(kind="DeepLab", backbone="vgg16_bn",
+                                 width=0.0625), classes=list(SHAPES),
+                    settings={}, model=network.state_dict()), run / "seg.pt")
+    for kind in ("Ycrf", "Yret"):
+        shutil.copytree(folder / "data/shapes/SegmentationClassAug",
+                        run / "labels" / kind)
+    first = begin("train_cls", "train_cls.iterations=100000", "run.workers=1",
+                  "overwrite=true", cwd=folder)
+    wait_for((run / "cls.pt.partial").exists)
+    options = ["run.workers=0", "overwrite=true", "train_seg.iterations=1",
+               "train_seg.width=0.0625", "train_seg.batch=2"]
+    done = command(second, *options, cwd=folder)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"runs/shapes is in use by process {first.pid} on " in line
+    assert f"train_cls.py {SMALL[0]}" in line
+    first.kill()
+    first.communicate()
+    (run / "cls.pt.partial").unlink()
+    done = command(second, *options, cwd=folder)
+    assert done.returncode == 0, done.stderr

@@ -191,7 +191,7 @@ def hold(config: SimpleNamespace) -> None:
     config.path.mkdir(parents=True, exist_ok=True)
     file = open(config.path / "lock", "a+", encoding="utf-8")
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:

@@ -33,7 +33,7 @@ from settings import UsageError
 
 class Photos(Dataset):
     """Any image files: samples of id, size (H, W) and image (3, H, W) uint8,
-    no longer than max_side; or of id and fault, where a file is no image.
+    no longer than max_side; or of id and fault, where a file is not an image.
 
     pattern: a file, a folder, or a path with * for many. An id is the file's
     name without its ending; equal names get their folder's before them.

@@ -178,7 +178,7 @@ def join_processes(device: torch.device) -> torch.device:
                             timeout=timedelta(hours=2),
                             device_id=device if on_gpu else None)
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
 
 

@@ -90,7 +90,7 @@ def test_killed_at_ten_random_moments(never_stopped, tmp_path, script):
                 killed += 1
         process.communicate()
         check_whole(tmp_path / "runs" / "shapes")
-        if process.returncode == 0:  # it came to its end before all kills: compared, and begun anew
+        if process.returncode == 0:  # it came to its end before all kills: compared, and started again
             compare(tmp_path, whole, output)
             shutil.rmtree(tmp_path / output, ignore_errors=True)
             (tmp_path / output).unlink(missing_ok=True)

@@ -358,7 +358,7 @@ def test_bap_compiles_to_one_graph():
 
 
 def test_bap_compiled_takes_any_counts_of_boxes():
-    """Traced anew where it must be; the backend that runs the traced operations as they are is quick."""
+    """Traced again where it must be; the backend that runs the traced operations as they are is quick."""
     compiled = torch.compile(BAP(), fullgraph=True, backend="eager")
     for seed, counts in enumerate([(1, 2), (2, 1), (3, 1), (0, 0), (0, 4)]):
         same_pooling(*pooling_case(counts, seed), under=lambda bap: compiled, dtypes=FLOAT)

@@ -227,7 +227,7 @@ def test_tensorboard_gets_every_number(run):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for iteration, loss in ((2, 9.0), (4, 8.0), (6, 7.0)):
         runs.log(run, stage="train_cls", iteration=iteration, loss=loss)
-    runs.event_writers.clear()  # killed, and begun anew from iteration 3
+    runs.event_writers.clear()  # killed, and started again from iteration 3
     runs.log(run, stage="train_cls", iteration=4, loss=1.0)
     runs.log(run, stage="eval", split="val", method="plain", miou=47.5)
 

@@ -77,7 +77,8 @@ def merge_augmented(voc: Path, sbd: Path, expected: int = 10582) -> None:
 
     Raises DataError, with nothing written, unless that is `expected` ids."""
     val = read_list(voc, "val")
-    texts = [(sbd / f"{split}.txt").read_text() for split in ("train", "val")]
+    texts = [(sbd / f"{split}.txt").read_text(encoding="utf-8")
+             for split in ("train", "val")]
     ids = {*" ".join(texts).split(), *read_list(voc, "train")} - set(val)
     if len(ids) != expected:
         raise DataError(f"{voc}: with SBD {len(ids)} ids for train_aug, not {expected}; "

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-Pathlike = str | os.PathLike
+PathLike = str | os.PathLike
 VOID = 255  # the label of pixels that count for nothing
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
@@ -37,7 +37,7 @@ class DataError(ValueError):
     """A fault in the user's data, in one line: the file and the way out."""
 
 
-def list_path(root: Pathlike, split: str) -> Path:
+def list_path(root: PathLike, split: str) -> Path:
     """The file of a list, given its path under ImageSets (Main/trainval).
     A bare name means Segmentation's list, then Main's."""
     folders = [""] if "/" in split else ["Segmentation", "Main"]
@@ -45,7 +45,7 @@ def list_path(root: Pathlike, split: str) -> Path:
     return next(filter(Path.is_file, paths), paths[0])
 
 
-def read_list(root: Pathlike, split: str) -> list[str]:
+def read_list(root: PathLike, split: str) -> list[str]:
     """The ids of a list, in order. DataError if it is missing or empty, or
     has an id twice."""
     path = list_path(root, split)
@@ -63,7 +63,7 @@ def read_list(root: Pathlike, split: str) -> list[str]:
     return list(counts)
 
 
-def find_images(root: Pathlike, split: str) -> dict[str, Path]:
+def find_images(root: PathLike, split: str) -> dict[str, Path]:
     """{id: path} of a list's images: JPEGImages/ID.jpg, .jpeg or .png."""
     folder = Path(root, "JPEGImages")
     paths = {name: folder / f"{name}.jpg" for name in read_list(root, split)}
@@ -88,7 +88,7 @@ def _check_size(path, size, image_size):
                         f"{image_size}; use files of the same image")
 
 
-def open_image(path: Pathlike, see: Callable[[Image.Image], Any]) -> Any:
+def open_image(path: PathLike, see: Callable[[Image.Image], Any]) -> Any:
     """see(image) of a file. Raises DataError if it is missing or broken."""
     _check_files("image", [path])
     try:
@@ -120,12 +120,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: Pathlike) -> np.ndarray:
+def read_image(path: PathLike) -> np.ndarray:
     """(H,W,3) uint8 RGB, as to_rgb shows it. Raises DataError."""
     return np.asarray(open_image(path, to_rgb))
 
 
-def read_mask(path: Pathlike, num_labels: int) -> np.ndarray:
+def read_mask(path: PathLike, num_labels: int) -> np.ndarray:
     """The labels in a palette or grey PNG, (H,W) uint8: 0..num_labels-1, and
     255 for void. DataError if it is missing or broken, or has others."""
     mode, mask = open_image(path, lambda image: (image.mode, np.array(image)))
@@ -148,7 +148,7 @@ def palette() -> np.ndarray:
     return colours.astype(np.uint8)
 
 
-def write(path: Pathlike, content: bytes | memoryview) -> None:
+def write(path: PathLike, content: bytes | memoryview) -> None:
     """Writes a file atomically, and its folders. An OSError names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,14 +173,14 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_mask(path: Pathlike, labels: np.ndarray) -> None:
+def write_mask(path: PathLike, labels: np.ndarray) -> None:
     """Writes (H,W) uint8 labels as a PNG with VOC's colours, atomically."""
     image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
     image.putpalette(palette().tobytes())
     write(path, png(image))
 
 
-def read_annotation(path: Pathlike, classes: Sequence[str]) -> tuple:
+def read_annotation(path: PathLike, classes: Sequence[str]) -> tuple:
     """Boxes (K,4) float32, labels (K,) int64 in 1..len(classes), and (H,W).
 
     A box is x0 y0 x1 y1 in continuous pixels, x1 and y1 exclusive. Difficult
@@ -223,8 +223,9 @@ def _number(path, element, field, least):
             return float(text)
     except ValueError:
         pass
-    raise DataError(f"{path}: <{field}> is {text[:40]!r}, not a number of at least "
-                    f"{least}; correct it, or convert with tools/own_data.py")
+    raise DataError(f"{path}: <{field}> is {text[:40]!r}, not a number of at "
+                    f"least {least}; correct it, or convert with "
+                    "tools/own_data.py")
 
 
 def outside_boxes(boxes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -253,11 +254,11 @@ class VOCDataset(torch.utils.data.Dataset):
     `paths` is {id: image file}; `annotations` {id: (boxes, labels)} or None.
     """
 
-    def __init__(self, root: Pathlike, split: str, classes: Sequence[str],
+    def __init__(self, root: PathLike, split: str, classes: Sequence[str],
                  transform: Callable[[dict], dict] | None = None,
-                 masks: Sequence[Pathlike] = (), boxes: bool = True,
-                 truth: Pathlike = "", exact: Collection[str] = (),
-                 scored: Pathlike | None = None):
+                 masks: Sequence[PathLike] = (), boxes: bool = True,
+                 truth: PathLike = "", exact: Collection[str] = (),
+                 scored: PathLike | None = None):
         self.root, self.classes = Path(root), list(classes)
         self.transform, self.truth, self.exact = transform, truth, set(exact)
         self.mask_folders = [self.root / folder for folder in masks]

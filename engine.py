@@ -16,7 +16,7 @@ import models
 import runs
 from settings import TrainCls, TrainSeg, UsageError
 
-Training = TrainCls | TrainSeg
+Stage = TrainCls | TrainSeg  # settings of a stage that trains
 
 
 def autocast(config: SimpleNamespace) -> torch.autocast:
@@ -57,7 +57,8 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     optimizer = build_optimizer(network, s)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda iteration: rate(s, iteration))
-    parts: dict[str, Any] = dict(model=network, optimizer=optimizer, schedule=schedule)
+    parts: dict[str, Any] = dict(model=network, optimizer=optimizer,
+                                 schedule=schedule)
     if runs.rank():  # each draws a dropout of its own
         torch.manual_seed(config.run.seed + runs.rank())
     done = resume(config, partial, made_with, parts)
@@ -130,7 +131,7 @@ def finished_before(config: SimpleNamespace, path: Path, partial: Path,
     return False
 
 
-def for_training(config: SimpleNamespace, s: Training,
+def for_training(config: SimpleNamespace, s: Stage,
                  network: models.Network) -> models.Network:
     network.freeze_norm &= s.freeze_norm
     several_gpus = runs.num_ranks() > 1 and config.device.type == "cuda"
@@ -151,14 +152,14 @@ def synchronised(network: models.Network, backbone: str) -> models.Network:
 
 
 def build_optimizer(network: models.Network,
-                    s: Training) -> torch.optim.Optimizer:
+                    s: Stage) -> torch.optim.Optimizer:
     groups = network.parameter_groups(s.lr, s.decay, s.new_lr, s.double_bias)
     if s.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=s.lr)
     return torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum)
 
 
-def rate(s: Training, iteration: int) -> float:
+def rate(s: Stage, iteration: int) -> float:
     """Factor on the learning rate at an iteration."""
     rise = min((iteration + 1) / (s.warmup + 1), 1)
     if s.drop_at:
@@ -166,7 +167,7 @@ def rate(s: Training, iteration: int) -> float:
     return rise * (1 - iteration / s.iterations) ** s.poly
 
 
-def batches(config: SimpleNamespace, s: Training,
+def batches(config: SimpleNamespace, s: Stage,
             dataset: datasets.VOCDataset, done: int) -> DataLoader:
     """This rank's part of each batch, from iteration `done` on."""
     weights = datasets.balance_weights(dataset) if s.balance else None

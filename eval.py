@@ -50,8 +50,11 @@ class Photos(Dataset):
         paths = [path for path in paths if path.is_file()]
         if not paths:
             raise UsageError(f"eval.images: {pattern}: no such files")
-        self.paths = dict(zip(unique_names(paths), paths, strict=True))
-        self.ids = list(self.paths)
+        self.ids = unique_names(paths)
+        self.paths = dict(zip(self.ids, paths))
+        if len(self.paths) < len(paths):
+            raise UsageError(f"eval.images: {pattern}: several files of one "
+                             "name in folders of one name; rename one")
         self.max_side = max_side
 
     def __len__(self):
@@ -132,8 +135,8 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
     left = [i for i in mine
             if s.images or not (folder / f"{dataset.ids[i]}.png").exists()]
     bar = runs.bar(runs.in_workers(config, Subset(dataset, left)),
-                   f"eval {engine.method(config)}", initial=len(mine) - len(left),
-                   total=len(mine))
+                   f"eval {engine.method(config)}",
+                   initial=len(mine) - len(left), total=len(mine))
 
     def cosines():
         for sample in bar:
@@ -227,6 +230,7 @@ def main(config: SimpleNamespace) -> None:
                                       boxes=False)
     folder = engine.prediction_folder(config)
     without = {"weights", "split", "labels", "images", "panels", "photos"}
+    without |= set() if s.images else {"max_side"}
     without |= {key for key in asdict(s) if key.startswith("crf_")
                 and not s.crf}
     runs.discard_outdated(

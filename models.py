@@ -319,14 +319,16 @@ def build_backbone(
                            f"{', '.join(BACKBONES)}, timm/NAME")
     if width != 1 and not name.startswith("vgg16"):
         raise WeightsError(f"width: {width} is for vgg16 alone, not {name}")
-    if source == "caffe":
-        source = download(CAFFE_URL, CAFFE_BLOB)
-    elif source == "imagenet" and not in_timm:
-        # A _caffe network will refuse them.
-        known = get_model_weights(name.removesuffix("_caffe"))
-        source = download(known["IMAGENET1K_V1"].url)
+    caffe = name.endswith("_caffe")
+    if (source == "caffe" and name != "vgg16"
+            or source == "imagenet" and caffe):
+        raise WeightsError(f"weights: {source} does not exist for {name}; "
+                           "use a file or none")
     state: State = {}
-    if source not in ("none", "imagenet"):
+    if source == "imagenet" and not in_timm:
+        state = state_of(imagenet_weights(name), source)
+    elif source not in ("none", "imagenet"):
+        source = caffe_file() if source == "caffe" else source
         state = state_of(read_file(source), source)
 
     if {"mean", "std"} <= state.keys():  # of a Network
@@ -341,7 +343,6 @@ def build_backbone(
     else:
         module = VGG16(dilation, width, name == "vgg16_bn", dropout)
     if not state:
-        caffe = name.endswith("_caffe")
         return module, CAFFE if caffe else IMAGENET, set()
     own = {key: value for key, value in state.items()
            if not key.startswith(("fc.", "classifier."))}
@@ -461,21 +462,31 @@ NO_NETWORK = (
     URLError, ConnectionError, TimeoutError, http.client.HTTPException)
 
 
-def download(url: str, blob: str = "") -> str:
-    """The path of a file that torch.hub's folder keeps. blob: git's name of
-    its content, which is then checked.
+def imagenet_weights(name: str) -> State:
+    """torchvision's, which it keeps in torch.hub's folder."""
+    entry = get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return entry.get_state_dict(progress=True, check_hash=True)
+    except NO_NETWORK as error:
+        raise WeightsError(f"{entry.url}: cannot be downloaded ({error}); "
+                           "set weights to a file") from None
+
+
+def caffe_file() -> str:
+    """The authors' start in torch.hub's folder: downloaded once, and checked
+    each time by git's name of its content.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    path = Path(torch.hub.get_dir(), "checkpoints", "vgg_caffe.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
-    way_out = f"put {url} there by hand, or set weights to a file"
+    way_out = f"put {CAFFE_URL} there by hand, or set weights to a file"
     missing = not path.exists()
     try:
         if missing:
-            torch.hub.download_url_to_file(url, str(path))
+            torch.hub.download_url_to_file(CAFFE_URL, str(path))
     except NO_NETWORK as error:
         raise WeightsError(
             f"{path}: cannot be downloaded ({error}); {way_out}") from None
-    if blob and git_blob(path) != blob:
+    if git_blob(path) != CAFFE_BLOB:
         if missing:
             path.unlink()
         raise WeightsError(f"{path}: not the authors' file, or a download "

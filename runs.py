@@ -157,6 +157,12 @@ def of_this_rank(count: int) -> range:
     return range(count)[rank()::num_ranks()]
 
 
+def spread(items: Sequence, count: int) -> list:
+    """`count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def join_processes(device: torch.device) -> torch.device:
     """Under torchrun: joins the other ranks. Returns this one's device."""
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
@@ -406,8 +412,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_network(config: SimpleNamespace, name: str, network: AnyNetwork,
-                 backbone: settings.Training,
-                 weights: str = "") -> AnyNetwork:
+                 s: settings.Training, weights: str = "") -> AnyNetwork:
     """Loads runs/NAME/cls.pt or seg.pt into a network, in evaluation mode;
     or the file `weights`: a checkpoint of another run, or a state dict in
     the names of the authors' code. A checkpoint's backbone and classes must
@@ -416,7 +421,7 @@ def load_network(config: SimpleNamespace, name: str, network: AnyNetwork,
     path = Path(weights) if weights else config.path / name
     content = models.read_file(path) if weights else read_checkpoint(path)
     if isinstance(content, dict) and (not weights or "model" in content):
-        here = description(network, backbone)
+        here = description(network, s)
         found, classes = content.get("network"), content.get("classes")
         if found != here:
             raise UsageError(f"{path}: holds the network "
@@ -431,7 +436,7 @@ def load_network(config: SimpleNamespace, name: str, network: AnyNetwork,
     except RuntimeError:
         raise UsageError(
             f"{path}: not the weights of a {type(network).__name__} of "
-            f"{backbone.backbone}; set weights or backbone") from None
+            f"{s.backbone}; set weights or backbone") from None
     network = network.eval().to(config.device)
     return network.to(memory_format=torch.channels_last)
 
@@ -443,12 +448,6 @@ def description(network: models.Network, s: settings.Training) -> dict:
 
 
 # ------------------------------------------------------------------- workers
-
-def spread(items: Sequence, count: int) -> list:
-    """`count` of the items, evenly spaced."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
 
 def bar(iterable: Iterable, title: str, **options) -> tqdm:
     return tqdm(iterable, title, dynamic_ncols=True, disable=rank() > 0,

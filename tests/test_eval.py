@@ -58,3 +58,11 @@ def test_names_of_photographs(tmp_path):
         "x/a.jpg", "x/b.jpg", "y/a.jpg", "z/c.jpg", "z/c.png")]
     assert evaluation.unique_names(paths) == [
         "x_a", "b", "y_a", "z_c_jpg", "z_c_png"]
+
+
+def test_photographs_that_no_name_tells_apart_are_refused(tmp_path):
+    for folder in ("x/z", "y/z"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jpg").write_bytes(b"")
+    with pytest.raises(settings.UsageError, match="several files of one name"):
+        evaluation.Photos(f"{tmp_path}/*/z/a.jpg", 1000)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 
-from datasets import DataError, Pathlike, read_list, read_mask, write, write_mask
+from datasets import DataError, PathLike, read_list, read_mask, write, write_mask
 
 PARTS = {"2007": ("2007", "2007-test"), "2012": ("2012",)}  # torchvision's names of VOC's archives
 LAST = {"2007": "test", "2012": "train_aug"}  # a list that only the whole folder has
@@ -32,7 +32,7 @@ NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
            RuntimeError)  # torchvision's own: the file that came has another md5
 
 
-def download(year: str, root: Pathlike) -> Path:
+def download(year: str, root: PathLike) -> Path:
     """Makes VOC 2007 or 2012 under `root`; returns the folder for data.root.
 
     Raises DataError if an archive cannot be fetched, scipy is missing, or

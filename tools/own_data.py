@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets import VOC_CLASSES, VOID, DataError, open_image, palette, to_rgb, write_mask
+from datasets import VOC_CLASSES, VOID, DataError  # noqa: I001
+from datasets import open_image, palette, to_rgb, write_mask
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "configs/your_data.yaml"
 JPEG = ".jpg", ".jpeg"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets import VOID, DataError, Pathlike, write, write_mask
+from datasets import VOID, DataError, PathLike, write, write_mask
 
 SHAPES = "bar", "ring", "cross", "crescent", "vee", "wave"
 # The k-th background suits the k-th shape.
@@ -156,7 +156,7 @@ def _annotation(labels, owner):
     return text + "</annotation>\n"
 
 
-def make_shapes(root: Pathlike, train: int = 360, val: int = 120,
+def make_shapes(root: PathLike, train: int = 360, val: int = 120,
                 seed: int = 0) -> None:
     """Writes the lists train and val, of so many images, atomically. Image n
     depends on (seed, n) alone. Raises DataError if `root` exists."""

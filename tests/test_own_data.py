@@ -943,3 +943,17 @@ def test_the_commands_of_the_page_run_as_they_stand(folder):
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
     assert Path("runs/dry/panels.png").is_file() and "IoU" in done.stdout
+
+
+def test_a_broken_mask_hides_no_other_fault(run):
+    """Also where the classes are VOC's, whose masks are looked at early."""
+    for name in ("a", "b"):
+        save(f"data/JPEGImages/{name}.jpg", picture())
+        save(f"data/Annotations/{name}.xml", xml(96, 72, [("cat", *VOC)]))
+        Path("data/SegmentationClass").mkdir(exist_ok=True)
+    Path("data/SegmentationClass/a.png").write_bytes(b"\x89PNG broken")
+    Path("data/JPEGImages/b.jpg").write_bytes(b"\xff\xd8broken")
+    status, text = run()
+    assert status == 2 and "faults: 2" in text
+    assert "SegmentationClass/a.png: broken image" in text
+    assert "JPEGImages/b.jpg: broken image" in text

@@ -25,6 +25,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import VOC_CLASSES, VOID, DataError  # noqa: I001
-from datasets import open_image, palette, to_rgb, write_mask
+from datasets import open_image, outside_boxes, palette, to_rgb, write_mask
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "configs/your_data.yaml"
 JPEG = ".jpg", ".jpeg"
@@ -567,13 +568,12 @@ def check_inside(labels, boxes, names):
     """More than half of a label outside the boxes of its class: the label is
     another class's, or the mask another image's."""
     for label in {*np.unique(labels).tolist()} - {0, VOID}:
-        outside, name = labels == label, names[label - 1]
-        area = outside.sum()
-        for x0, y0, x1, y1 in (box for kind, box in boxes if kind == name):
-            outside[math.floor(y0):math.ceil(y1),
-                    math.floor(x0):math.ceil(x1)] = False
-        refuse(outside.sum() > area / 2, f"most of label {label} lies outside "
-               f"the boxes of {name}; is that its class?")
+        name, here = names[label - 1], labels == label
+        own = [box for kind, box in boxes if kind == name]
+        own = torch.tensor(own).reshape(-1, 4)
+        outside = here & outside_boxes(own, labels.shape)[0].numpy()
+        refuse(outside.sum() > here.sum() / 2, f"most of label {label} lies "
+               f"outside the boxes of {name}; is that its class?")
 
 
 def convert(picture, export):
@@ -699,13 +699,21 @@ def name_classes(export):
                             for name in names if name not in used)
         names = [name for name in names if name in used]
     # The masks of a part of VOC count the classes that it lacks as well.
-    elif used < {*VOC_CLASSES} and any(
-            open_image(path, top) > len(used) for path in export.masks):
+    elif used < {*VOC_CLASSES} and highest_label(export) > len(used):
         names = [*VOC_CLASSES]
     export.labels = [name for name in names if name.lower() != "background"]
     export.notes["class background left out: it is label 0"] = (
         len(names) - len(export.labels))
     return names
+
+
+def highest_label(export):
+    """In the masks; a broken one is named later, with all other faults."""
+    highest = 0
+    for path in export.masks:
+        with noted([]):
+            highest = max(highest, open_image(path, top))
+    return highest
 
 
 def top(mask):

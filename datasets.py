@@ -251,7 +251,8 @@ class VOCDataset(torch.utils.data.Dataset):
     ids in `exact` are read from `truth`. Images without a PNG in the folder
     `scored` are left out. DataError is raised on construction, but for faults
     in pixels on reading the sample.
-    `paths` is {id: image file}; `annotations` {id: (boxes, labels)} or None.
+    `paths` is {id: image file}; `annotations` {id: (boxes, labels)} or None,
+    in numpy: a spawned worker would be sent each tensor as an open file.
     """
 
     def __init__(self, root: PathLike, split: str, classes: Sequence[str],
@@ -282,9 +283,11 @@ class VOCDataset(torch.utils.data.Dataset):
             folder = self.root / "Annotations"
             files = [folder / f"{name}.xml" for name in self.ids]
             _check_files("annotation", files)
-            found = [read_annotation(file, self.classes) for file in files]
-            self.annotations = {n: f[:2] for n, f in zip(self.ids, found)}
-            self._sizes = {n: f[2] for n, f in zip(self.ids, found)}
+            self.annotations, self._sizes = {}, {}
+            for name, file in zip(self.ids, files):
+                *found, size = read_annotation(file, self.classes)
+                self.annotations[name] = [part.numpy() for part in found]
+                self._sizes[name] = size
 
     def mask_paths(self, name: str) -> list[Path]:
         """The files of an image's masks, one for each folder."""
@@ -302,12 +305,12 @@ class VOCDataset(torch.utils.data.Dataset):
         pixels = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         sample = {"id": name, "image": tv_tensors.Image(pixels)}
         if self.annotations is not None:
-            boxes, labels = self.annotations[name]
+            boxes, labels = map(torch.tensor, self.annotations[name])
             file = self.root / f"Annotations/{name}.xml"
             _check_size(file, self._sizes[name], size)
             sample["boxes"] = tv_tensors.BoundingBoxes(
-                boxes.clone(), format="XYXY", canvas_size=size)
-            sample["labels"] = labels.clone()
+                boxes, format="XYXY", canvas_size=size)
+            sample["labels"] = labels
             sample["background"] = tv_tensors.Mask(outside_boxes(boxes, size))
         if self.mask_folders:
             paths = self.mask_paths(name)

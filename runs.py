@@ -22,14 +22,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import yaml
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import datasets
@@ -124,10 +125,9 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"run.device: {name}: {reason}; use auto or "
-                         "cpu") from None
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"run.device: torch cannot use {name} here; set auto "
+                         "or cpu") from None
 
 
 # ------------------------------------------------------- the ranks of torchrun
@@ -197,12 +197,7 @@ def hold(config: SimpleNamespace) -> None:
     config.path.mkdir(parents=True, exist_ok=True)
     file = open(config.path / "lock", "a+", encoding="utf-8")
     try:
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise UsageError(f"{config.path} is in use by {file.read()}; wait "
@@ -212,6 +207,17 @@ def hold(config: SimpleNamespace) -> None:
                f"{' '.join(sys.argv)}")
     file.flush()
     locks.append(file)  # closing it would drop the lock
+
+
+def lock(file: IO) -> None:
+    """Without waiting. The system drops it with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -351,7 +357,7 @@ def commit() -> str:
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT, capture_output=True, text=True,
+            cwd=ROOT, capture_output=True, encoding="utf-8",
             check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
@@ -454,29 +460,56 @@ def bar(iterable: Iterable, title: str, **options) -> tqdm:
                 **options)
 
 
-def in_workers(config: SimpleNamespace, dataset: Dataset,
+def in_workers(config: SimpleNamespace, dataset: Any,
                **options) -> DataLoader:
-    """torch's loader of a dataset; by default one sample at a time. On Linux
-    its workers are forked, as was the default before Python 3.14: others
-    would be sent each tensor of boxes as an open file, and some 250 is all
-    that the system allows.
-    """
-    workers = config.run.workers
-    forked = workers and sys.platform == "linux"
+    """torch's loader of a dataset; by default one sample at a time."""
+    workers = min(config.run.workers, len(dataset))
     if "batch_sampler" not in options:
         options["batch_size"] = None
+    if workers:
+        crops = [len(batch) for batch in options.get("batch_sampler", [[0]])]
+        options["prefetch_factor"] = batches_ahead(
+            workers, max(crops, default=1) * bytes_of(dataset[0]))
     return DataLoader(dataset, num_workers=workers,
-                      multiprocessing_context="fork" if forked else None,
-                      worker_init_fn=ignore_interrupts, **options)
+                      worker_init_fn=begin_worker, **options)
 
 
-def ignore_interrupts(worker: int) -> None:
+def bytes_of(sample: dict) -> int:
+    """Of its tensors."""
+    return sum(value.nbytes for value in sample.values()
+               if isinstance(value, torch.Tensor))
+
+
+def batches_ahead(workers: int, size: int) -> int:
+    """How many batches of `size` bytes each worker may read ahead: 2, or 1
+    where shared memory, through which they come, holds no more.
+    """
+    memory = Path("/dev/shm")
+    free = shutil.disk_usage(memory).free if memory.is_dir() else sys.maxsize
+    # Two more: the batch in use, and the next one.
+    for ahead in (2, 1):
+        if (ahead * workers + 2) * size <= free:
+            return ahead
+    raise UsageError(
+        f"{memory}: {free >> 20} MB are free, but batches of {size >> 20} MB "
+        f"for {workers} workers need {(workers + 2) * size >> 20} MB; start "
+        "Docker with --ipc=host, or set a smaller run.workers or batch")
+
+
+def begin_worker(number: int) -> None:
     """Leaves Ctrl-C to the parent: a worker stopped halfway could keep a lock
     that its parent waits for. Faults reach the parent as exceptions; that
-    the parent is gone needs no traceback.
+    the parent is gone needs no traceback. A worker that cannot send a batch
+    ends, since its parent would wait for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *error: None
+    Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore
+
+
+def end_worker(error: Exception, batch: object) -> None:
+    print(f"a worker cannot send a batch: {error}", file=sys.stderr)
+    end_now(1)
 
 
 def follow_parent() -> None:

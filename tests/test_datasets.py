@@ -592,7 +592,7 @@ needs_voc = pytest.mark.skipif(
 def test_annotations_of_voc_2007():
     dataset = VOCDataset(VOC, "Main/train", datasets.VOC_CLASSES)
     assert len(dataset) == 2501
-    labels = torch.cat([found for _, found in dataset.annotations.values()])
+    labels = torch.cat([torch.tensor(found) for _, found in dataset.annotations.values()])
     counts = torch.bincount(labels, minlength=21)
     assert counts[0] == 0 and counts.sum() == 7844
     assert counts[6] == 131 and counts[15] == 2705  # bus, person

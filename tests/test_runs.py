@@ -1,15 +1,18 @@
 """Files of a run, and its worker processes."""
 import json
 import multiprocessing
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import datasets
 import runs
 import settings
 from settings import UsageError
+from tools.shapes import SHAPES, make_shapes
 
 
 def slow_square(x):
@@ -73,16 +76,54 @@ def test_outdated_files_are_discarded_or_refused(tmp_path):
         opened(tmp_path)
 
 
-def test_workers_read_a_dataset_of_many_tensors_whatever_pythons_way_to_start_them():
-    """Python 3.14's way sends them each tensor as an open file, of at most 256."""
+def test_workers_that_are_not_forked_are_sent_300_images_with_boxes(tmp_path):
+    """forkserver is Python 3.14's way on Linux. Tensors would each be sent as
+    an open file, of at most 256."""
+    make_shapes(tmp_path, train=1, val=0)
+    source = datasets.read_list(tmp_path, "train")[0]
+    names = [f"{number}" for number in range(300)]
+    for name in names:
+        for folder in ("JPEGImages", "Annotations"):
+            file = next((tmp_path / folder).glob(f"{source}.*"))
+            os.link(file, tmp_path / folder / f"{name}{file.suffix}")
+    (tmp_path / "ImageSets/Segmentation/all.txt").write_text("\n".join(names))
+    dataset = datasets.VOCDataset(tmp_path, "all", SHAPES)
     default = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("forkserver", force=True)
     try:
         config = SimpleNamespace(run=SimpleNamespace(workers=1))
-        dataset = [torch.tensor([number]) for number in range(300)]
-        assert [int(number) for number in runs.in_workers(config, dataset)] == list(range(300))
+        found = [sample["id"] for sample in runs.in_workers(config, dataset)]
     finally:
         multiprocessing.set_start_method(default, force=True)
+    assert found == names
+
+
+class Unpicklable(list):
+    """A dataset whose samples cannot be sent by a worker."""
+    def __getitem__(self, index):
+        return {"x": lambda: 0}
+
+
+def test_a_worker_that_cannot_send_ends_the_run_in_words():
+    config = SimpleNamespace(run=SimpleNamespace(workers=1))
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(runs.in_workers(config, Unpicklable("ab")))
+
+
+@pytest.mark.parametrize("free, ahead", [(6, 2), (5, 1), (4, 1)])
+def test_workers_read_ahead_what_shared_memory_holds(monkeypatch, free, ahead):
+    """Of two workers: two batches or one each, the one in use, and the next."""
+    monkeypatch.setattr(runs.shutil, "disk_usage",
+                        lambda path: SimpleNamespace(free=free * 10 ** 6))
+    assert runs.batches_ahead(2, 10 ** 6) == ahead
+
+
+def test_too_little_shared_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(runs.shutil, "disk_usage",
+                        lambda path: SimpleNamespace(free=64 << 20))
+    with pytest.raises(UsageError, match="/dev/shm: 64 MB are free, but "
+                       "batches of 20 MB for 2 workers need 80 MB; .*ipc=host"):
+        runs.batches_ahead(2, 20 << 20)
 
 
 def test_a_run_can_be_repeated_from_its_settings(tmp_path, monkeypatch):

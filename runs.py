@@ -294,6 +294,8 @@ def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
         now = {"settings": settings, source.name: digest(source)}
         if source.parent != config.path:
             now = {"settings": settings | {"weights": digest(source)}}
+        if folder.is_symlink():  # to another disk, where its files stay
+            folder = folder.resolve()
         replace_if_changed(folder, now, config.run.overwrite)
         write_settings(config, script)
     barrier()
@@ -316,6 +318,7 @@ def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
         # Renamed first: a kill must not leave some that look finished.
         folder.rename(trash)
         shutil.rmtree(trash)
+        folder.mkdir()
     write_json(stamp, now)
 
 

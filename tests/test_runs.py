@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,18 +78,33 @@ def test_outdated_files_are_discarded_or_refused(tmp_path):
         opened(tmp_path)
 
 
+def test_labels_behind_a_link_to_another_disk_stay_there(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        labels = Path(disk, "labels")
+        labels.mkdir()
+        (tmp_path / "labels").symlink_to(labels)
+        opened(tmp_path)
+        datasets.write(tmp_path / "labels/Ycrf/x.png", b"label")
+        opened(tmp_path, {"a.b": 2}, overwrite=True)
+        datasets.write(tmp_path / "labels/Yret/x.png", b"label")
+        assert sorted(p.name for p in labels.iterdir()) == [
+            "Yret", "made_with.json"] and (tmp_path / "labels").is_symlink()
+        assert [p.name for p in Path(disk).iterdir()] == ["labels"]
+
+
 def test_workers_that_are_not_forked_are_sent_300_images_with_boxes(tmp_path):
     """forkserver is Python 3.14's way on Linux. Tensors would each be sent as
     an open file, of at most 256."""
-    make_shapes(tmp_path, train=1, val=0)
-    source = datasets.read_list(tmp_path, "train")[0]
+    root = tmp_path / "data"
+    make_shapes(root, train=1, val=1)
+    source = datasets.read_list(root, "train")[0]
     names = [f"{number}" for number in range(300)]
     for name in names:
         for folder in ("JPEGImages", "Annotations"):
-            file = next((tmp_path / folder).glob(f"{source}.*"))
-            os.link(file, tmp_path / folder / f"{name}{file.suffix}")
-    (tmp_path / "ImageSets/Segmentation/all.txt").write_text("\n".join(names))
-    dataset = datasets.VOCDataset(tmp_path, "all", SHAPES)
+            file = next((root / folder).glob(f"{source}.*"))
+            os.link(file, root / folder / f"{name}{file.suffix}")
+    (root / "ImageSets/Segmentation/all.txt").write_text("\n".join(names))
+    dataset = datasets.VOCDataset(root, "all", SHAPES)
     default = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("forkserver", force=True)
     try:

@@ -126,8 +126,8 @@ def find_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise UsageError(f"run.device: torch cannot use {name} here; set auto "
-                         "or cpu") from None
+        raise UsageError(f"run.device: {name}: torch cannot use it here; set "
+                         "auto or cpu") from None
 
 
 # ------------------------------------------------------- the ranks of torchrun

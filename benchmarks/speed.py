@@ -43,6 +43,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 BATCH = 20 if GPU else 2  # crops of a training step
 CROP, SIZE, CLASSES = 321, (375, 500), 20
+# Of the chart: boxes in two crops, sides of an image, labels.
+COUNTS, SIDES, LABELS = (1, 5, 20, 50, 100, 200), (128, 192, 256, 384, 512), (2, 5, 20, 50, 100, 200)
 WORKERS = min(8, os.cpu_count() or 1)  # run.workers of configs/voc_vgg16.yaml
 FORMS = "fp32", "bf16", "bf16, compiled"  # of a training step; its floor is at the same precision, not compiled
 
@@ -160,7 +162,8 @@ def training_step(s, network, batch, loss, form):
 
 def bap_case(batch=20, boxes=50, form=None):
     form = form or models.BAP()
-    features = torch.randn(batch, 1024, 41, 41, device=DEVICE, requires_grad=True)
+    cells = CROP // 8 + 1
+    features = torch.randn(batch, 1024, cells, cells, device=DEVICE, requires_grad=True)
     per_image = [random_boxes(boxes // batch + (i < boxes % batch), (CROP, CROP), i) for i in range(batch)]
 
     def run():
@@ -181,13 +184,15 @@ def nal_case(form=losses.noise_aware_loss, labels=1 + CLASSES, batch=None):
     return run
 
 
-def photograph(size=SIZE, seed=0):
+def photograph(size=None, seed=0):
     """Smooth noise, (3, H, W) uint8: what a JPEG decoder and a CRF make of it is like a photograph's cost."""
+    size = size or SIZE
     coarse = np.random.default_rng(seed).integers(0, 256, (size[0] // 6, size[1] // 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1).copy()
 
 
-def sample(size=SIZE, boxes=3, classes=2):
+def sample(size=None, boxes=3, classes=2):
+    size = size or SIZE
     boxes = random_boxes(boxes, size, 1) * 0.7
     return dict(id="x", image=torch.from_numpy(photograph(size)), boxes=boxes,
                 labels=torch.arange(len(boxes)) % classes + 1, background=models.outside_boxes([boxes], size)[0].byte())
@@ -206,10 +211,11 @@ def label_maps_of(config, network, image, marginals):
     return y_crf, make_labels.label_by_prototypes(y_crf, u, network.classifier.weight.float())
 
 
-def label_parts(size=SIZE, folder=Path(".")):
+def label_parts(size=None, folder=Path(".")):
     """-> (stage 2 of one image without the CRF, the network alone, all but the network, the CRF, the naive form of the
     label maps).
     """
+    size = size or SIZE
     config, image = read_settings(), sample(size)
     network = models.BoxClassifier(CLASSES).eval().to(DEVICE, memory_format=torch.channels_last)
     tensor = image["image"][None].to(DEVICE, memory_format=torch.channels_last)
@@ -320,8 +326,8 @@ def pooling_and_loss():
 
 def input_pipeline():
     """-> seconds a crop, of each stage, in one process."""
-    rates = {}
-    title(f"crops of {CROP} from 375 x 500, one core", "a second", "decoding alone, a second")
+    rates, (height, width) = {}, SIZE
+    title(f"crops of {CROP} from {height} x {width}, one core", "a second", "decoding alone, a second")
     with tempfile.TemporaryDirectory() as root:
         names = [f"{n}" for n in range(8)]
         for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
@@ -331,8 +337,8 @@ def input_pipeline():
             image.save(Path(root, f"JPEGImages/{name}.jpg"), quality=90)
             datasets.write_mask(Path(root, f"Y/{name}.png"), labels_of((1, *SIZE), 2)[0][0].cpu().numpy())
             Path(root, f"Annotations/{name}.xml").write_text(
-                "<a><size><width>500</width><height>375</height></size><object><name>a</name><bndbox><xmin>50</xmin>"
-                "<ymin>60</ymin><xmax>300</xmax><ymax>300</ymax></bndbox></object></a>")
+                f"<a><size><width>{width}</width><height>{height}</height></size><object><name>a</name><bndbox><xmin>50"
+                f"</xmin><ymin>50</ymin><xmax>{0.6 * width}</xmax><ymax>{0.8 * height}</ymax></bndbox></object></a>")
         Path(root, "ImageSets/Segmentation/listed.txt").write_text("\n".join(names))
         transform = datasets.training_transform(CROP, (124, 116, 104))
         take = lambda data: [data[k % len(data)] for k in range(16)]  # noqa: E731
@@ -379,20 +385,17 @@ def scaling():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6))
-    counts = [1, 5, 20, 50, 100, 200]
     for name, form in (("this", models.BAP()), ("a loop over boxes", naive.bap)):
-        times = [clock(bap_case(2, count, form), rounds=3)[0] for count in counts]
-        left.plot(counts, times, "o-", label=name)
+        times = [clock(bap_case(2, count, form), rounds=3)[0] for count in COUNTS]
+        left.plot(COUNTS, times, "o-", label=name)
     left.set(xlabel="boxes in two crops", ylabel="s", title="BAP, forward and backward", xscale="log", yscale="log")
-    sides = [128, 192, 256, 384, 512]
     for name, index, rounds in (("this", 0, 5), ("upsampled first", 1, 1)):
-        times = [clock(label_maps(side)[index], rounds=rounds)[0] for side in sides]
-        middle.plot(sides, times, "o-", label=name)
+        times = [clock(label_maps(side)[index], rounds=rounds)[0] for side in SIDES]
+        middle.plot(SIDES, times, "o-", label=name)
     middle.set(xlabel="side of the image, pixels", title="labels besides network and CRF", yscale="log")
-    classes = [2, 5, 20, 50, 100, 200]
     for name, form in (("this", losses.noise_aware_loss), ("gathered pixels", naive.noise_aware_loss)):
-        times = [clock(nal_case(form, count, 2), rounds=3)[0] for count in classes]
-        right.plot(classes, times, "o-", label=name)
+        times = [clock(nal_case(form, count, 2), rounds=3)[0] for count in LABELS]
+        right.plot(LABELS, times, "o-", label=name)
     right.set(xlabel="labels", title="NAL of two crops of 321", xscale="log", yscale="log")
     for axes in (left, middle, right):
         axes.legend()

@@ -1,4 +1,9 @@
-"""What the tests share: the import path, few threads, and the folder of the VOC sample."""
+"""What the tests share: the import path, few threads, the folder of the VOC
+sample, and a quick way to run a script."""
+import multiprocessing
+import os
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +14,48 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+# A process that has imported what takes seconds; each script is a fork of it.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure", "conftest"])
+
+
+def script(name, *arguments, cwd, before=None):
+    """`python NAME.py ARGUMENTS` in the folder cwd, by one thread, with its
+    output, as of subprocess.run. before() is called first, there."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT / "tests")  # for the server's start
+    files = [Path(cwd, f".{stream}.txt") for stream in ("stdout", "stderr")]
+    process = SERVER.Process(target=as_script, args=(
+        str(ROOT / f"{name}.py"), [str(a) for a in arguments], str(cwd), files, before))
+    process.start()
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+    process.join()
+    said = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+    return subprocess.CompletedProcess([name, *arguments], process.exitcode, *said)
+
+
+def as_script(path, arguments, cwd, files, before):
+    os.chdir(cwd)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdin = open(os.devnull)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+    sys.argv = [path, *arguments]
+    if before:
+        before()
+    code = 0
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
 
 
 @pytest.fixture(scope="session")

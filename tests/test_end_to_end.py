@@ -2,13 +2,13 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import script as run_script
 from PIL import Image
 
 import datasets
@@ -16,15 +16,13 @@ import models
 import runs
 from tools.shapes import SHAPES, make_shapes
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["train_cls.iterations=4", "train_seg.iterations=4", "train_cls.batch=4", "train_seg.batch=4",
          "train_cls.crop=65", "train_seg.crop=65", "train_cls.width=0.0625", "train_seg.width=0.0625", "run.workers=0",
          "run.log_every=2", "make_labels.crf_iterations=2", "eval.crf_iterations=2", "eval.panels=2"]
 
 
 def command(script, *arguments, cwd):
-    return subprocess.run([sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd, capture_output=True,
-                          text=True)
+    return run_script(script, *SMALL, *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

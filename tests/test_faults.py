@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from conftest import script as run_script
 
 import models
 from tools.shapes import SHAPES, make_shapes
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["train_cls.iterations=8", "train_cls.batch=2", "train_cls.crop=65", "train_cls.width=0.0625",
          "run.log_every=2", "run.save_every=2", "make_labels.crf_iterations=2"]
 
@@ -37,9 +39,11 @@ def folder(work, tmp_path):
     return tmp_path
 
 
-def command(script, *arguments, cwd, before=(), **options):
+def command(script, *arguments, cwd, before=(), preexec_fn=None):
+    if not before:
+        return run_script(script, *SMALL, *arguments, cwd=cwd, before=preexec_fn)
     return subprocess.run([*before, sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd,
-                          capture_output=True, text=True, **options)
+                          capture_output=True, text=True)
 
 
 def last_line(done):
@@ -57,7 +61,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(folder):
     run = folder / "runs" / "shapes"
     kept = (run / "cls.pt").read_bytes()
     done = command("train_cls", "run.workers=0", "train_cls.lr=0.01", "overwrite=true", "run.save_every=99",
-                   cwd=folder, preexec_fn=lambda: small_files(20_000))
+                   cwd=folder, preexec_fn=partial(small_files, 20_000))
     assert last_line(done) == "OSError: [Errno 27] File too large: 'runs/shapes/cls.pt'"
     assert (run / "cls.pt").read_bytes() == kept and not list(run.glob(".*"))
 
@@ -65,7 +69,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(folder):
 def test_a_disk_that_fills_up_while_labels_are_written(folder):
     assert command("make_labels", "run.workers=0", cwd=folder).returncode == 0
     shutil.rmtree(folder / "runs/shapes/labels")
-    done = command("make_labels", "run.workers=0", cwd=folder, preexec_fn=lambda: small_files(500))
+    done = command("make_labels", "run.workers=0", cwd=folder, preexec_fn=partial(small_files, 500))
     line = last_line(done)
     assert line.startswith("OSError: [Errno 27] File too large: 'runs/shapes/labels/")
     assert not [p for p in (folder / "runs/shapes/labels").rglob("*") if p.name.endswith(".tmp")]
@@ -184,30 +188,27 @@ def test_a_killed_stage_leaves_no_process_behind(folder, script, arguments):
         f"/proc/{pid}/cmdline").read_text() for pid in workers))
 
 
-@pytest.mark.parametrize("second", ["train_cls", "make_labels", "train_seg",
-                                    "eval"])
-def test_a_second_process_is_told_who_writes_to_the_run(folder, second):
+def test_a_second_process_is_told_who_writes_to_the_run(folder):
     """Killed, the first holds nothing: the second starts at once."""
-    run = folder / "runs/shapes"
+    run, stages = folder / "runs/shapes", ("train_cls", "make_labels", "train_seg", "eval")
     network = models.DeepLab(7, "vgg16_bn", width=0.0625)
-    torch.save(dict(network=dict(kind="DeepLab", backbone="vgg16_bn",
-                                 width=0.0625), classes=list(SHAPES),
+    torch.save(dict(network=dict(kind="DeepLab", backbone="vgg16_bn", width=0.0625), classes=list(SHAPES),
                     settings={}, model=network.state_dict()), run / "seg.pt")
     for kind in ("Ycrf", "Yret"):
-        shutil.copytree(folder / "data/shapes/SegmentationClassAug",
-                        run / "labels" / kind)
-    first = begin("train_cls", "train_cls.iterations=100000", "run.workers=1",
-                  "overwrite=true", cwd=folder)
+        shutil.copytree(folder / "data/shapes/SegmentationClassAug", run / "labels" / kind)
+    first = begin("train_cls", "train_cls.iterations=100000", "run.workers=1", "overwrite=true", cwd=folder)
     wait_for((run / "cls.pt.partial").exists)
-    options = ["run.workers=0", "overwrite=true", "train_seg.iterations=1",
-               "train_seg.width=0.0625", "train_seg.batch=2"]
-    done = command(second, *options, cwd=folder)
-    assert done.returncode == 2
-    line = done.stderr.strip().splitlines()[-1]
-    assert f"runs/shapes is in use by process {first.pid} on " in line
-    assert f"train_cls.py {SMALL[0]}" in line
+    options = ["run.workers=0", "overwrite=true", "train_seg.iterations=1", "train_seg.width=0.0625",
+               "train_seg.batch=2"]
+    for second in stages:
+        done = command(second, *options, cwd=folder)
+        assert done.returncode == 2
+        line = done.stderr.strip().splitlines()[-1]
+        assert f"runs/shapes is in use by process {first.pid} on " in line
+        assert f"train_cls.py {SMALL[0]}" in line
     first.kill()
     first.communicate()
     (run / "cls.pt.partial").unlink()
-    done = command(second, *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    for second in stages:
+        done = command(second, *options, cwd=folder)
+        assert done.returncode == 0, done.stderr

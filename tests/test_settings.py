@@ -1,11 +1,9 @@
 """Settings: defaults, then a file, then the command line; what is refused."""
 import dataclasses
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import script
 
 import settings
 from settings import UsageError
@@ -90,12 +88,12 @@ def test_every_settings_file_is_valid(path):
     read(str(path))
 
 
-@pytest.mark.parametrize("script", ["train_cls", "make_labels", "train_seg", "eval"])
-def test_help_names_every_setting_once_with_its_default_and_comment(script):
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("stage", ["train_cls", "make_labels", "train_seg", "eval"])
+def test_help_names_every_setting_once_with_its_default_and_comment(stage, tmp_path):
+    done = script(stage, "--help", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr
     _, *sections = done.stdout.split("\n\n")
-    for text, name in zip(sections, (script, "data", "run"), strict=True):
+    for text, name in zip(sections, (stage, "data", "run"), strict=True):
         title, *lines = text.splitlines()
         kind = settings.SECTIONS[name]
         assert title == name

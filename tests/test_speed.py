@@ -23,7 +23,8 @@ def speed(monkeypatch, tmp_path):
     import speed
     monkeypatch.setattr(speed, "clock", once)
     monkeypatch.setattr(speed, "FORMS", speed.FORMS[:2])  # compiling takes a minute
-    monkeypatch.setattr(speed, "CROP", 65)
+    for name, value in dict(CROP=65, SIZE=(75, 100), COUNTS=(1, 5), SIDES=(64, 96), LABELS=(2, 5)).items():
+        monkeypatch.setattr(speed, name, value)
     for network in ("BoxClassifier", "DeepLab"):
         monkeypatch.setattr(speed.models, network, partial(getattr(models, network), width=0.0625))
     monkeypatch.setattr(speed, "ROOT", tmp_path)

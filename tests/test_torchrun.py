@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import ROOT
+from conftest import script as run_script
 from PIL import Image
 
 import engine
@@ -22,7 +24,6 @@ import runs
 from settings import UsageError
 from tools.shapes import make_shapes
 
-ROOT = Path(__file__).resolve().parents[1]
 # Without dropout and with frozen normalisation nothing but rounding may differ. 7 crops: 2 and 3 do not divide them.
 SMALL = ["train_cls.backbone=vgg16", "train_seg.backbone=vgg16", "train_cls.width=0.125", "train_seg.width=0.125",
          "train_seg.weights=stage1", "train_cls.iterations=3", "train_seg.iterations=3", "train_cls.batch=7",
@@ -37,24 +38,32 @@ def command(script, processes, *arguments):
 
 
 def run(script, processes, folder, *arguments):
+    if processes == 1:
+        done = run_script(script, *SMALL, *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
     done = subprocess.run(command(script, processes, *arguments), cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def four_stages(folder, processes):
+    make_shapes(folder / "data/shapes", train=8, val=5)
+    for stage in STAGES:
+        (folder / f"{stage}.out").write_text(run(stage, processes, folder))
+    return folder / "runs/shapes"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return four_stages(tmp_path_factory.mktemp("work"), 1)
+
+
 @pytest.fixture(scope="module", params=[2, 3])
-def folders(request, tmp_path_factory):
+def folders(request, single, tmp_path_factory):
     """Folders where all four commands have run, with one process and with several."""
-    both = []
-    for processes in (1, request.param):
-        folder = tmp_path_factory.mktemp("work")
-        make_shapes(folder / "data/shapes", train=8, val=5)
-        for stage in STAGES:
-            said = run(stage, processes, folder)
-            (folder / f"{stage}.out").write_text(said)
-        both.append(folder / "runs/shapes")
-    return both
+    return single, four_stages(tmp_path_factory.mktemp("work"), request.param)
 
 
 def start_of(name, run):

@@ -1,11 +1,9 @@
 """Stage 3 on labels from anywhere: one folder or two, their content remembered."""
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import script
 from PIL import Image
 
 import datasets
@@ -22,8 +20,7 @@ def folder(tmp_path):
 
 
 def train(folder, *arguments):
-    return subprocess.run([sys.executable, ROOT / "train_seg.py", *SMALL, *arguments], cwd=folder,
-                          capture_output=True, text=True)
+    return script("train_seg", *SMALL, *arguments, cwd=folder)
 
 
 def weights(folder, name):

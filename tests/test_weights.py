@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT
+from conftest import script as run_script
 from PIL import Image
 from torch import nn
 
@@ -274,8 +275,7 @@ def test_a_network_of_unknown_names(tmp_path):
 
 def run(script, *arguments, cwd):
     vgg = [f"{stage}.{value}" for stage in ("train_cls", "train_seg") for value in ("backbone=vgg16", "width=1.0")]
-    command = [sys.executable, ROOT / f"{script}.py", *vgg, "run.workers=0", "make_labels.crf_iterations=1", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return run_script(script, *vgg, "run.workers=0", "make_labels.crf_iterations=1", *arguments, cwd=cwd)
 
 
 def done(script, *arguments, cwd):

@@ -650,6 +650,7 @@ class Network(nn.Module):
     mean: Tensor  # (3, 1, 1) of the colours, RGB in [0, 1]
     std: Tensor
     classes: list[str]  # of a network that comes from `load`
+    chosen = ""  # on what images the best of a training was chosen, if so
 
     def __init__(self, num_labels: int, backbone: str = "vgg16",
                  weights: PathLike = "none", width: float = 1.0,
@@ -771,5 +772,5 @@ def load(path: PathLike) -> BoxClassifier | DeepLab:
     labels = len(classes) + (kind is DeepLab)
     network = kind(labels, backbone, width=width)
     copy_state(network, state_of(content, path), path)
-    network.classes = classes
+    network.classes, network.chosen = classes, content.get("chosen", "")
     return network.eval()

@@ -430,6 +430,7 @@ def load_network(config: SimpleNamespace, name: str, network: AnyNetwork,
         if classes != list(config.data.classes):
             raise UsageError(f"{path}: was trained on the classes "
                              f"{reprlib.repr(classes)}, not on data.classes")
+        network.chosen = content.get("chosen", "")
     state = models.state_of(content, path)
     try:
         network.load_state_dict(state)

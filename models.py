@@ -283,7 +283,8 @@ class Upsampled:
 
 def padded_size(size: Size) -> tuple[int, ...]:
     """The least size >= (H, W) of sides 8 k + 1: cell j lies on pixel 8 j."""
-    return tuple(-(-(side - 1) // STRIDE) * STRIDE + 1 for side in size)
+    # Of positive numbers, since ONNX rounds those below 0 otherwise.
+    return tuple((side + STRIDE - 2) // STRIDE * STRIDE + 1 for side in size)
 
 
 # ---- backbones ----
@@ -749,13 +750,15 @@ class DeepLab(Network):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (N, 3, H, W) -> cos(phi(p), W_c): (N, L, H, W)."""
-        size = images.shape[2:]
+        size = padded_size(images.shape[2:])
         phi = F.normalize(self.features(images), dim=1)
         rows = F.normalize(self.classifier.weight, dim=1)[:, :, None, None]
         cosine = F.interpolate(
-            F.conv2d(phi, rows).float(), padded_size(size), mode="bilinear",
+            F.conv2d(phi, rows).float(), size, mode="bilinear",
             align_corners=True)
-        return cosine[:, :, :size[0], :size[1]]
+        # A slice would be exported for padded or for unpadded images alone.
+        right, bottom = images.shape[3] - size[1], images.shape[2] - size[0]
+        return F.pad(cosine, (0, right, 0, bottom))
 
 
 def load(path: PathLike) -> BoxClassifier | DeepLab:

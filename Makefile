@@ -1,5 +1,5 @@
 # make demo: the whole method on the shapes set, about five minutes on two cores.   make test: every test.
-# Both set themselves up: a .venv from requirements.txt (tests: requirements-dev.txt too).
+# All set themselves up: a .venv from requirements.txt (tests and VOC: requirements-dev.txt too).
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -8,6 +8,25 @@ demo: .venv/installed
 	$(PY) make_labels.py
 	$(PY) train_seg.py
 	$(PY) eval.py
+	@echo
+	@echo "Pictures: runs/shapes/panels.png (images, labels, predictions) and runs/shapes/curves.png (the trainings);"
+	@echo "runs/shapes/index.md says what else lies there."
+	@echo "Next: $(PY) eval.py images=YOUR_PHOTOS, make voc2007, or your own images and boxes: docs/own_data.md"
+
+# make voc, make voc2007: the whole method on PASCAL VOC 2012 or 2007, and its scores beside the paper's. The same
+# command goes on where it was stopped. CONFIG=FILE chooses other settings.
+voc: YEAR = 2012
+voc: CONFIG ?= configs/voc_vgg16.yaml
+voc2007: YEAR = 2007
+voc2007: CONFIG ?= configs/voc2007.yaml
+voc voc2007: .venv/installed-dev
+	$(PY) tools/download_voc.py $(YEAR) data
+	$(PY) train_cls.py $(CONFIG)
+	$(PY) make_labels.py $(CONFIG)
+	$(PY) train_seg.py $(CONFIG)
+	$(PY) eval.py $(CONFIG)
+	$(PY) eval.py $(CONFIG) 'scales=[0.5, 0.75, 1, 1.5]' flip=true crf=true
+	$(PY) tools/paper.py $(CONFIG)
 
 test: .venv/installed-dev
 	$(PY) -m ruff check .
@@ -25,4 +44,4 @@ test: .venv/installed-dev
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test voc voc2007

@@ -1,6 +1,6 @@
 """The training loop of stages 1 and 3, and the scores of label images."""
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import datasets
@@ -28,13 +29,14 @@ def autocast(config: SimpleNamespace) -> torch.autocast:
 
 def train(config: SimpleNamespace, script: str, network: models.Network,
           dataset: datasets.VOCDataset, objective: Callable,
-          inputs: dict[str, object]) -> None:
+          inputs: dict[str, object], val: Subset | None = None) -> None:
     """Trains `network` and writes its checkpoint, cls.pt or seg.pt.
 
     objective(network, batch) -> dict of scalars over the whole batch, of
     which each rank holds a part (see runs.all_ranks): `loss`, which is
     minimised, and others to log. inputs: what the result depends on besides
-    the settings, such as digests of files.
+    the settings, such as digests of files. val: images with a true mask that
+    are scored every s.val_every iterations and at the end.
 
     Every save_every iterations NAME.partial receives all that is needed to
     resume; where it exists, the training resumes from it.
@@ -42,8 +44,10 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     s = getattr(config, script)
     path = config.path / {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
     partial = path.with_name(f"{path.name}.partial")
-    made_with = inputs | runs.settings_of(config, script, "data.train",
-                                          "run.seed")
+    best = path.with_stem(f"{path.stem}_best")
+    made_with = inputs | runs.settings_of(
+        config, script, "data.train", "run.seed",
+        without=("val_images", "val_every", "keep_best"))
     if runs.rank() == 0:
         runs.hold(config)
     if finished_before(config, path, partial, made_with):
@@ -64,12 +68,19 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     done = resume(config, partial, made_with, parts)
     if runs.rank() == 0:
         runs.write_settings(config, script)
+        if not done:
+            best.unlink(missing_ok=True)  # of an earlier training
     if config.run.compile:
         network.backbone.compile()
     # DDP has no device_ids: they would make it move the boxes to the GPU,
     # and wait for each.
     model = (nn.parallel.DistributedDataParallel(network)
              if dist.is_initialized() else network)
+
+    def checkpoint():
+        return dict(network=runs.description(network, s),
+                    classes=list(config.data.classes), settings=made_with,
+                    model=network.state_dict())
 
     progress = runs.bar(batches(config, s, dataset, done), script,
                         initial=done, total=s.iterations)
@@ -88,11 +99,17 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
         values = {name: v.detach() for name, v in values.items()}
         unread.append((iteration, batch["id"], values))
         last = iteration == s.iterations
-        logs = iteration % config.run.log_every == 0 or last
+        validates = val and (iteration % s.val_every == 0 or last)
+        logs = iteration % config.run.log_every == 0 or last or validates
         saves = iteration % config.run.save_every == 0 and not last
         if logs or saves:
             numbers = read_values(script, unread)
             unread.clear()
+        if val and validates:
+            miou = numbers["val_miou"] = validate(config, network, val)
+            if s.keep_best and runs.rank() == 0:
+                chosen = f"chosen on {len(val)} images of {config.data.val}"
+                keep_best(best, checkpoint() | dict(miou=miou, chosen=chosen))
         if logs:
             lr = float(schedule.get_last_lr()[0])
             progress.set_postfix(loss=numbers["loss"], lr=f"{lr:.2g}")
@@ -105,10 +122,7 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
                     **{key: v.state_dict() for key, v in parts.items()}))
 
     if runs.rank() == 0:
-        runs.save(path, dict(
-            network=runs.description(network, s),
-            classes=list(config.data.classes), settings=made_with,
-            model=network.state_dict()))
+        runs.save(path, checkpoint())
         partial.unlink(missing_ok=True)
     runs.barrier()
     print(f"{path}: {s.iterations} iterations, seed {config.run.seed}")
@@ -200,6 +214,14 @@ def read_values(script: str, unread: list) -> dict[str, float]:
     return {name: round(v, 5) for name, v in zip(names, table[-1])}
 
 
+def keep_best(path: Path, content: dict) -> None:
+    """Saves a checkpoint, unless the one there, chosen alike, is as good."""
+    before = models.read_file(path) if path.exists() else {}
+    same = before.get("chosen") == content["chosen"]
+    if not same or content["miou"] > before["miou"]:
+        runs.save(path, content)
+
+
 def random_states(config: SimpleNamespace) -> list[list[torch.Tensor]]:
     """Of each rank: the state of its CPU's generator, and of its GPU's if the
     run is on one. Dropout draws from it.
@@ -243,6 +265,51 @@ def resume(config: SimpleNamespace, partial: Path, made_with: dict,
 
 
 # -------------------------------------------------------------------- scores
+
+@torch.inference_mode()
+def predict(network: models.Network, image: Tensor,
+            scales: Sequence[float] = (1,), flip: bool = False) -> Tensor:
+    """image (3, H, W) uint8 -> cosine maps (L, H, W), the mean over scales
+    and mirror images.
+    """
+    size, views = image.shape[1:], []
+    for scale in scales:
+        view = image[None].float() / 255
+        if scale != 1:
+            scaled = [max(1, round(scale * side)) for side in size]
+            view = F.interpolate(view, scaled, mode="bilinear",
+                                 align_corners=False)
+        if flip:
+            view = torch.cat((view, view.flip(3)))
+        cosine = network(view.contiguous(memory_format=torch.channels_last))
+        if flip:
+            cosine = torch.stack((cosine[0], cosine[1].flip(2)))
+        if scale != 1:
+            cosine = F.interpolate(cosine, size, mode="bilinear",
+                                   align_corners=False)
+        views.append(cosine.mean(0))
+    return torch.stack(views).mean(0)
+
+
+def validate(config: SimpleNamespace, network: models.Network,
+             val: Subset) -> float:
+    """mIoU in per cent, as eval.py's plain one, of a network in training over
+    samples with their true mask. It draws no random numbers.
+    """
+    names = ["background", *config.data.classes]
+    matrix = np.zeros((len(names), len(names) + 1), np.int64)
+    network.eval()
+    for index in runs.of_this_rank(len(val)):
+        sample = val[index]
+        image = sample["image"].as_subclass(Tensor).to(config.device)
+        with autocast(config):
+            cosine = predict(network, image).float().cpu().numpy()
+        labels = cosine.argmax(0).astype(np.uint8)
+        matrix += confusion(sample["masks"][0].numpy(), labels, len(names))
+    network.train()
+    miou = scores(sum_over_ranks(config, matrix), names)["miou"]
+    return round(miou, 5)
+
 
 def method(config: SimpleNamespace) -> str:
     """What is measured, in words: plain, or what is added to it."""

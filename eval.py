@@ -17,9 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import datasets
@@ -90,31 +88,6 @@ def unique_names(paths: list[Path]) -> list[str]:
     return names
 
 
-@torch.inference_mode()
-def predict(network: models.DeepLab, image: Tensor, scales: tuple[float, ...],
-            flip: bool) -> Tensor:
-    """image (3, H, W) uint8 -> cosine maps (L, H, W), the mean over scales
-    and mirror images.
-    """
-    size, views = image.shape[1:], []
-    for scale in scales:
-        view = image[None].float() / 255
-        if scale != 1:
-            scaled = [max(1, round(scale * side)) for side in size]
-            view = F.interpolate(view, scaled, mode="bilinear",
-                                 align_corners=False)
-        if flip:
-            view = torch.cat((view, view.flip(3)))
-        cosine = network(view.contiguous(memory_format=torch.channels_last))
-        if flip:
-            cosine = torch.stack((cosine[0], cosine[1].flip(2)))
-        if scale != 1:
-            cosine = F.interpolate(cosine, size, mode="bilinear",
-                                   align_corners=False)
-        views.append(cosine.mean(0))
-    return torch.stack(views).mean(0)
-
-
 def write_labels(path: Path, scores: np.ndarray, size: tuple) -> None:
     """Writes the argmax of scores (L, h, w) as a picture of size (H, W)."""
     labels = Image.fromarray(scores.argmax(0).astype(np.uint8))
@@ -145,8 +118,8 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
                 continue
             image = sample["image"].as_subclass(torch.Tensor)
             with engine.autocast(config):
-                cosine = predict(network, image.to(config.device), s.scales,
-                                 s.flip).float()
+                cosine = engine.predict(network, image.to(config.device),
+                                        s.scales, s.flip).float()
             size = sample.get("size", image.shape[1:])
             yield folder / f"{sample['id']}.png", size, image, cosine
 
@@ -193,12 +166,14 @@ def score_labels(config: SimpleNamespace, split: str) -> None:
     engine.print_scores(f"{folder} on {split}", result)
 
 
-def report(config: SimpleNamespace, split: str, folder: Path) -> None:
+def report(config: SimpleNamespace, split: str, folder: Path,
+           chosen: str) -> None:
     """The segmenter's scores, into eval.json, the log and on screen."""
     scores = engine.score_folders(config, split, {"IoU": folder})
     if runs.rank():
         return
     path, name = config.path / "eval.json", engine.method(config)
+    name += f", {chosen}" if chosen else ""
     result = dict(split=split, method=name, seed=config.run.seed,
                   **scores["IoU"])
     results = runs.read_json(path) | {f"{split}, {name}": result}
@@ -244,7 +219,7 @@ def main(config: SimpleNamespace) -> None:
             pictures.write_overlays(dataset.paths, folder)
         return
     if engine.true_masks(config, split):
-        report(config, split, folder)
+        report(config, split, folder, network.chosen)
     else:
         print(f"{folder}: labels of {len(dataset)} images; no true masks to "
               "score them with")

@@ -283,7 +283,8 @@ class Upsampled:
 
 def padded_size(size: Size) -> tuple[int, ...]:
     """The least size >= (H, W) of sides 8 k + 1: cell j lies on pixel 8 j."""
-    return tuple(-(-(side - 1) // STRIDE) * STRIDE + 1 for side in size)
+    # Of positive numbers, since ONNX rounds those below 0 otherwise.
+    return tuple((side + STRIDE - 2) // STRIDE * STRIDE + 1 for side in size)
 
 
 # ---- backbones ----
@@ -650,6 +651,7 @@ class Network(nn.Module):
     mean: Tensor  # (3, 1, 1) of the colours, RGB in [0, 1]
     std: Tensor
     classes: list[str]  # of a network that comes from `load`
+    chosen = ""  # on what images the best of a training was chosen, if so
 
     def __init__(self, num_labels: int, backbone: str = "vgg16",
                  weights: PathLike = "none", width: float = 1.0,
@@ -748,13 +750,16 @@ class DeepLab(Network):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (N, 3, H, W) -> cos(phi(p), W_c): (N, L, H, W)."""
-        size = images.shape[2:]
+        (height, width), size = images.shape[2:], padded_size(images.shape[2:])
         phi = F.normalize(self.features(images), dim=1)
         rows = F.normalize(self.classifier.weight, dim=1)[:, :, None, None]
         cosine = F.interpolate(
-            F.conv2d(phi, rows).float(), padded_size(size), mode="bilinear",
+            F.conv2d(phi, rows).float(), size, mode="bilinear",
             align_corners=True)
-        return cosine[:, :, :size[0], :size[1]]
+        if not torch.compiler.is_compiling():
+            return cosine[:, :, :height, :width]
+        # A slice would be exported for padded or for unpadded images alone.
+        return F.pad(cosine, (0, width - size[1], 0, height - size[0]))
 
 
 def load(path: PathLike) -> BoxClassifier | DeepLab:
@@ -771,5 +776,5 @@ def load(path: PathLike) -> BoxClassifier | DeepLab:
     labels = len(classes) + (kind is DeepLab)
     network = kind(labels, backbone, width=width)
     copy_state(network, state_of(content, path), path)
-    network.classes = classes
+    network.classes, network.chosen = classes, content.get("chosen", "")
     return network.eval()

@@ -8,7 +8,6 @@ has not written yet. eval.py draws the same at its end.
 """
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ PLOTS = [  # of curves.png: title, stage, names of numbers in metrics.jsonl
     ("stage 1: share classified right", "train_cls",
      ["right_boxes", "right_queries"]),
     ("stage 3: loss", "train_seg", ["loss"]),
+    ("stage 3: mIoU on val, %", "train_seg", ["val_miou"]),
 ]
 WIDTH, GAP, HEADER = 180, 6, 22  # pixels in panels.png
 
@@ -188,21 +188,23 @@ def png_of(figure: Figure) -> bytes:
 
 
 def draw_curves(config: SimpleNamespace) -> None:
-    """curves.png: the losses of stages 1 and 3, and the shares of boxes and
-    of background queries that stage 1 classifies right.
+    """curves.png: the losses of stages 1 and 3, the shares of boxes and of
+    background queries that stage 1 classifies right, and scores of stage 3.
     """
     log = config.path / "metrics.jsonl"
     points = {stage: last_pass(log, stage)
               for stage in ("train_cls", "train_seg")}
-    plots = [plot for plot in PLOTS if points[plot[1]]]
+    plots = [plot for plot in PLOTS
+             if any(plot[2][0] in point for point in points[plot[1]])]
     if not plots:
         return
     figure = Figure((4.5 * len(plots), 3.2), layout="constrained")
     all_axes = figure.subplots(1, len(plots), squeeze=False)[0]
     for axes, (title, stage, names) in zip(all_axes, plots):
-        iterations = [point["iteration"] for point in points[stage]]
         for name in names:
-            values = [point.get(name, math.nan) for point in points[stage]]
+            found = [point for point in points[stage] if name in point]
+            iterations = [point["iteration"] for point in found]
+            values = [point[name] for point in found]
             axes.plot(iterations, values, ".-", label=name)
         axes.set(title=title, xlabel="iteration")
         axes.set_ylim(0, 1.02 if len(names) > 1 else None)  # shares

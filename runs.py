@@ -324,8 +324,11 @@ def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
 
 def write_settings(config: SimpleNamespace, script: str) -> None:
     """runs/NAME/settings.yaml: the script's settings, those of stages that
-    ran before as they were then, and a line of versions for each script.
+    ran before as they were then, and a line of versions for each script; and
+    index.md, what each file of the folder is.
     """
+    index = (ROOT / "docs/run_folder.md").read_bytes()
+    datasets.write(config.path / "index.md", index)
     path = config.path / "settings.yaml"
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     earlier = yaml.safe_load(before) or {}
@@ -439,6 +442,7 @@ def load_network(config: SimpleNamespace, name: str, network: AnyNetwork,
         if classes != list(config.data.classes):
             raise UsageError(f"{path}: was trained on the classes "
                              f"{reprlib.repr(classes)}, not on data.classes")
+        network.chosen = content.get("chosen", "")
     state = models.state_of(content, path)
     try:
         network.load_state_dict(state)

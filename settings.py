@@ -130,6 +130,11 @@ class TrainSeg(Training):
     gamma: float = 7.0  # of nal: how fast trust falls
     weight: float = 0.1  # lambda: of the loss where Ycrf and Yret differ
     temperature: float = 20.0  # logits are temperature x cosine
+    # Images of data.val that are scored every val_every iterations and at the
+    # end; the weights do not depend on it.
+    val_images: int = 0
+    val_every: int = 500
+    keep_best: bool = False  # seg_best.pt: of these scores' highest
 
 
 @dataclass
@@ -161,7 +166,7 @@ LEAST = dict(
     seed=0, workers=0, log_every=1, save_every=1, iterations=1, batch=1,
     crop=9, width=0.01, scale=0.01, jitter=0, lr=0, new_lr=0, momentum=0,
     decay=0, warmup=0, poly=0, grid=1, bins=1, pictures=0, panels=0,
-    max_side=9,
+    max_side=9, val_images=0, val_every=1,
     scales=0.01, crf_bilateral=0.1, crf_gaussian=0.1, crf_iterations=1)
 # What yaml raises; the last five for a tag such as !!int x, or too deep.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError,

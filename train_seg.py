@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 import datasets
 import engine
@@ -72,6 +73,20 @@ def refuse_empty_labels(dataset: datasets.VOCDataset) -> None:
                 "Save class k as the value k")
 
 
+def scored_images(config: SimpleNamespace) -> Subset | None:
+    """The images with a true mask that are scored during the training."""
+    s, data = config.train_seg, config.data
+    if not s.val_images and not s.keep_best:
+        return None
+    truth = data.val and engine.true_masks(config, data.val)
+    if not truth or not s.val_images:
+        raise UsageError("train_seg.val_images and keep_best need a number "
+                         "of images, and true masks of data.val")
+    dataset = datasets.VOCDataset(data.root, data.val, data.classes,
+                                  boxes=False, masks=[truth], scored=truth)
+    return Subset(dataset, runs.spread(range(len(dataset)), s.val_images))
+
+
 def main(config: SimpleNamespace) -> None:
     s, data = config.train_seg, config.data
     folders = label_folders(config)
@@ -99,7 +114,7 @@ def main(config: SimpleNamespace) -> None:
     engine.train(config, "train_seg", network, dataset, objective, inputs={
         "data.masks": data.masks,
         "content of labels": runs.digest(*label_files),
-        "weights file": runs.digest(Path(weights))})
+        "weights file": runs.digest(Path(weights))}, val=scored_images(config))
 
 
 if __name__ == "__main__":

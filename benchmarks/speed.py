@@ -30,7 +30,6 @@ import naive  # noqa: E402
 
 import datasets  # noqa: E402
 import engine  # noqa: E402
-import eval as evaluation  # noqa: E402
 import losses  # noqa: E402
 import make_labels  # noqa: E402
 import models  # noqa: E402
@@ -274,7 +273,7 @@ def evaluation_parts(folder=Path(".")):
     one = views[2][:1]
 
     def plain():
-        labels = evaluation.predict(network, image.to(DEVICE), (1.0,), False).max(0).indices.byte().cpu().numpy()
+        labels = engine.predict(network, image.to(DEVICE), (1.0,), False).max(0).indices.byte().cpu().numpy()
         datasets.write_mask(folder / "x.png", labels)
         engine.confusion(datasets.read_mask(folder / "truth.png", 21), datasets.read_mask(folder / "x.png", 21), 21)
 
@@ -284,7 +283,7 @@ def evaluation_parts(folder=Path(".")):
             network.features(x)
 
     return (plain, lambda: forwards([one]),
-            lambda: evaluation.predict(network, image.to(DEVICE), [0.5, 0.75, 1.0, 1.5], True).cpu(),
+            lambda: engine.predict(network, image.to(DEVICE), [0.5, 0.75, 1.0, 1.5], True).cpu(),
             lambda: forwards(views))
 
 

@@ -13,8 +13,10 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
+import datasets
 import losses
 import models
+from tools.shapes import SHAPES, make_shapes
 
 # ---- the programs in examples/ ----
 
@@ -87,6 +89,32 @@ def test_example_of_the_readme(tmp_path, torch_home, module):
     run = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == (2 if module == "models" else 0)
+
+
+def test_example_of_labels(tmp_path):
+    """Ycrf as make_labels.py writes it, with the same settings."""
+    config = ["train_cls.width=0.0625", "run.workers=0", "make_labels.pictures=0", "make_labels.splits=[val]",
+              "make_labels.crf_bilateral=[4, 55, 3]", "make_labels.crf_gaussian=[3, 3]"]
+    make_shapes(tmp_path / "data/shapes", train=1, val=1)
+    torch.manual_seed(0)
+    network = models.BoxClassifier(len(SHAPES), "vgg16_bn", width=0.0625)
+    network.classifier.weight.data.abs_()  # so that there are objects
+    (tmp_path / "runs/shapes").mkdir(parents=True)
+    torch.save(dict(model=network.state_dict(), classes=list(SHAPES), network=dict(
+        kind="BoxClassifier", backbone="vgg16_bn", width=0.0625)), tmp_path / "runs/shapes/cls.pt")
+    done = subprocess.run([sys.executable, ROOT / "make_labels.py", *config], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (name,) = datasets.read_list(tmp_path / "data/shapes", "val")
+    boxes, labels, _ = datasets.read_annotation(tmp_path / f"data/shapes/Annotations/{name}.xml", SHAPES)
+    objects = [",".join(map(str, [SHAPES[k - 1], *box])) for k, box in zip(labels.tolist(), boxes.tolist())]
+    done = subprocess.run([
+        sys.executable, "-m", "examples.labels", tmp_path / "runs/shapes/cls.pt",
+        tmp_path / f"data/shapes/JPEGImages/{name}.jpg", tmp_path / "out.png", *objects], cwd=ROOT,
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 7
+    made = tmp_path / f"runs/shapes/labels/Ycrf/{name}.png"
+    assert (tmp_path / "out.png").read_bytes() == made.read_bytes() and Image.open(made).getextrema()[1]
 
 
 # ---- datasets.py alone ----

@@ -46,8 +46,12 @@ def test_every_file_is_there(work):
               for name in ids["train"] + ids["val"]}
     predictions = {f"predictions/plain/{name}.png" for name in ids["val"]}
     others = {"cls.pt", "labels/made_with.json", "labels/scores.json", "seg.pt", "predictions/plain/made_with.json",
-              "eval.json", "metrics.jsonl", "settings.yaml", "lock", "panels.png", "curves.png"}
+              "eval.json", "metrics.jsonl", "settings.yaml", "index.md", "lock", "panels.png", "curves.png"}
     assert names == labels | predictions | others
+    index = (run / "index.md").read_text(encoding="utf-8")
+    for name in names:
+        kind = re.sub(r"shapes_\d+", "ID", name.replace("/plain/", "/METHOD/"))
+        assert f"`{kind}`" in index or f"`{Path(kind).name}`" in index, name
 
 
 def test_labels_are_palette_images_and_background_outside_boxes(work):

@@ -20,9 +20,9 @@ class Colours(torch.nn.Module):
 def test_one_view_is_the_network_itself():
     image = torch.randint(0, 256, (3, 20, 31), dtype=torch.uint8)
     expected = Colours()(image[None] / 255)[0]
-    torch.testing.assert_close(evaluation.predict(Colours(), image, [1.0], False), expected)
+    torch.testing.assert_close(engine.predict(Colours(), image, [1.0], False), expected)
     # Mirrored in and out again: the same for a network that sees one pixel at a time.
-    torch.testing.assert_close(evaluation.predict(Colours(), image, [1.0], True), expected)
+    torch.testing.assert_close(engine.predict(Colours(), image, [1.0], True), expected)
 
 
 def test_views_are_averaged():
@@ -30,7 +30,7 @@ def test_views_are_averaged():
     half = F.interpolate(image[None] / 255, (10, 16), mode="bilinear")
     half = F.interpolate(Colours()(half), (20, 31), mode="bilinear")[0]
     expected = (half + Colours()(image[None] / 255)[0]) / 2
-    torch.testing.assert_close(evaluation.predict(Colours(), image, [0.5, 1.0], False), expected)
+    torch.testing.assert_close(engine.predict(Colours(), image, [0.5, 1.0], False), expected)
 
 
 class LeftOnly(torch.nn.Module):
@@ -41,7 +41,7 @@ class LeftOnly(torch.nn.Module):
 
 def test_flip_mirrors_back():
     image = torch.zeros(3, 8, 9, dtype=torch.uint8)
-    torch.testing.assert_close(evaluation.predict(LeftOnly(), image, [1.0], True)[:2], torch.full((2, 8, 9), 0.5))
+    torch.testing.assert_close(engine.predict(LeftOnly(), image, [1.0], True)[:2], torch.full((2, 8, 9), 0.5))
 
 
 @pytest.mark.parametrize("changes, name", [

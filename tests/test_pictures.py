@@ -166,7 +166,9 @@ METRICS = """
 {"time": 3, "stage": "train_cls", "iteration": 80, "loss": 1.0, "right_boxes": 0.6, "right_queries": 1.0}
 {"time": 4, "stage": "make_labels", "split": "val", "box": 40.0, "Ycrf": 60.0, "Yret": 50.0}
 {"time": 5, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.7}
-{"time": 6, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.5}
+{"time": 6, "stage": "train_seg", "iteration": 20, "lr": 0.1, "loss": 0.5, "val_miou": 30.0}
+{"time": 7, "stage": "train_seg", "iteration": 25, "lr": 0.1, "loss": 0.4}
+{"time": 8, "stage": "train_seg", "iteration": 30, "lr": 0.1, "loss": 0.3, "val_miou": 40.0}
 """
 
 
@@ -184,7 +186,8 @@ def test_the_last_pass_of_a_stage(numbers):
     path = Path("runs/shapes/metrics.jsonl")
     assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(path, "train_cls")] == [
         (20, 3.0), (40, 2.5), (60, 1.5), (80, 1.0)]
-    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(path, "train_seg")] == [(20, 0.5)]
+    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(path, "train_seg")] == [
+        (20, 0.5), (25, 0.4), (30, 0.3)]
     assert pictures.last_pass(Path("nothing"), "train_cls") == []
 
 
@@ -208,12 +211,13 @@ def test_curves_hold_these_numbers(numbers, monkeypatch):
     assert drawn(numbers) == {"panels.png", "curves.png"}
     curves = figures[0].axes
     assert [axes.get_title() for axes in curves] == [
-        "stage 1: loss", "stage 1: share classified right", "stage 3: loss"]
+        "stage 1: loss", "stage 1: share classified right", "stage 3: loss", "stage 3: mIoU on val, %"]
     assert curves[0].lines[0].get_xydata().tolist() == [
         [20, 3], [40, 2.5], [60, 1.5], [80, 1]]
     assert curves[1].lines[0].get_ydata().tolist() == [0.2, 0.3, 0.5, 0.6]
     assert math.isnan(curves[1].lines[1].get_ydata()[0])
-    assert curves[2].lines[0].get_xydata().tolist() == [[20, 0.5]]
+    assert curves[2].lines[0].get_xydata().tolist() == [[20, 0.5], [25, 0.4], [30, 0.3]]
+    assert curves[3].lines[0].get_xydata().tolist() == [[20, 30], [30, 40]]
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ from tools.shapes import make_shapes
 SMALL = ["train_cls.backbone=vgg16", "train_seg.backbone=vgg16", "train_cls.width=0.125", "train_seg.width=0.125",
          "train_seg.weights=stage1", "train_cls.iterations=3", "train_seg.iterations=3", "train_cls.batch=7",
          "train_seg.batch=7", "train_cls.crop=65", "train_seg.crop=65", "train_cls.lr=0.001", "train_seg.lr=0.01",
-         "run.workers=0", "run.log_every=2", "make_labels.crf_iterations=2", "eval.panels=0"]
+         "run.workers=0", "run.log_every=2", "train_seg.val_images=3", "train_seg.val_every=2",
+         "make_labels.crf_iterations=2", "eval.panels=0"]
 STAGES = "train_cls", "make_labels", "train_seg", "eval"
 
 
@@ -104,7 +105,7 @@ def test_the_scores_and_losses_are_those_of_one_process(folders):
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in folders]
     assert [line["stage"] for line in logs[0]] == [line["stage"] for line in logs[1]]  # one line, not one a process
     for one, several in zip(*logs):
-        for key in ("loss", "right_boxes", "right_queries", "miou", "Ycrf", "Yret", "box"):
+        for key in ("loss", "right_boxes", "right_queries", "miou", "val_miou", "Ycrf", "Yret", "box"):
             if key in one:
                 assert several[key] == pytest.approx(one[key], rel=1e-3, abs=1e-3), (one["stage"], key)
 

@@ -1,4 +1,5 @@
 """Stage 3 on labels from anywhere: one folder or two, their content remembered."""
+import json
 
 import numpy as np
 import pytest
@@ -7,6 +8,10 @@ from conftest import script
 from PIL import Image
 
 import datasets
+import engine
+import eval as evaluation
+import settings
+import train_seg
 from tools.shapes import make_shapes
 
 SMALL = ["train_seg.iterations=2", "train_seg.batch=2", "train_seg.crop=65", "train_seg.width=0.0625",
@@ -88,3 +93,89 @@ def test_masks_of_0_and_255_alone_are_refused(folder):
     ("[]", "Ycrf is missing: make it with python make_labels.py"), ("[ImageSets]", "no such mask (4 of 4 missing)")])
 def test_refused(folder, labels, words):
     assert words in last_line(train(folder, f"labels={labels}"))
+
+
+# ---------------------------------------------------------------- scores during the training
+
+LONGER = ["train_seg.iterations=8", "train_seg.dropout=0.3", "train_seg.lr=0.1", "run.save_every=3", "run.log_every=5",
+          "train_seg.labels=[SegmentationClassAug]"]
+SCORED = ["train_seg.val_images=2", "train_seg.val_every=2"]
+
+
+def start(main, *arguments):
+    """In this process; returns the run's folder."""
+    config = settings.read(main.__module__.rpartition(".")[2], [*SMALL, *LONGER, *arguments])
+    config.device = torch.device("cpu")
+    main(config)
+    return config.path
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    make_shapes(tmp_path / "data/shapes", train=4, val=3)
+    monkeypatch.chdir(tmp_path)
+
+
+def scores_of(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["iteration"]: line["val_miou"] for line in lines if "val_miou" in line}
+
+
+@pytest.mark.parametrize("norm", ["trained", "frozen"])
+def test_scores_leave_the_weights_alone(work, monkeypatch, norm):
+    """Bit for bit, with dropout, also in a run that is stopped in its scores, after a checkpoint, and taken up."""
+    frozen = []
+    if norm == "frozen":
+        frozen = [f"train_seg.weights={start(train_seg.main, 'name=first')}/seg.pt", "train_seg.freeze_norm=true"]
+    plain = start(train_seg.main, *frozen, "name=plain")
+    scored = start(train_seg.main, *frozen, *SCORED, "train_seg.keep_best=true", "name=scored")
+    assert list(scores_of(scored)) == [2, 4, 6, 8] and not scores_of(plain)
+    assert (plain / "seg.pt").read_bytes() == (scored / "seg.pt").read_bytes()
+
+    validate, calls = engine.validate, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:  # in iteration 4
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    monkeypatch.setattr(engine, "validate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        start(train_seg.main, *frozen, *SCORED, "train_seg.keep_best=true", "name=stopped")
+    stopped = start(train_seg.main, *frozen, *SCORED, "train_seg.keep_best=true", "name=stopped")
+    for name in ("seg.pt", "seg_best.pt"):
+        assert (stopped / name).read_bytes() == (scored / name).read_bytes(), name
+    assert scores_of(stopped) == scores_of(scored)
+
+
+def test_the_scores_are_those_of_eval_and_the_best_says_who_chose_it(work, monkeypatch):
+    """A training whose best is not its last; every second score is set here."""
+    values, validate = iter([9.0, 30.0, 20.0]), engine.validate
+    monkeypatch.setattr(engine, "validate", lambda *arguments: next(values, None) or validate(*arguments))
+    run = start(train_seg.main, "train_seg.val_images=9", "train_seg.val_every=2", "train_seg.keep_best=true")
+    found = scores_of(run)
+    assert found == {2: 9.0, 4: 30.0, 6: 20.0, 8: found[8]} and found[8] < 30
+    best = torch.load(run / "seg_best.pt", weights_only=True)
+    assert best["miou"] == 30.0 and best["chosen"] == "chosen on 3 images of val"
+    last = weights(run.parents[1], "shapes")
+    assert not torch.equal(best["model"]["classifier.weight"], last["classifier.weight"])
+
+    start(evaluation.main)
+    assert json.loads((run / "eval.json").read_text())["val, plain"]["miou"] == pytest.approx(found[8], abs=1e-5)
+    start(evaluation.main, f"eval.weights={run / 'seg_best.pt'}")
+    results = json.loads((run / "eval.json").read_text())
+    assert list(results) == ["val, plain", "val, plain, chosen on 3 images of val"]
+    assert results["val, plain, chosen on 3 images of val"]["method"] == "plain, chosen on 3 images of val"
+    assert results["val, plain"]["miou"] != results["val, plain, chosen on 3 images of val"]["miou"]
+    assert (run / "curves.png").is_file()
+
+    start(train_seg.main, "train_seg.lr=0.01", "run.overwrite=true")  # another training's best would be left behind
+    assert not (run / "seg_best.pt").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["train_seg.keep_best=true"], ["train_seg.val_images=1", "data.val="], ["train_seg.val_images=1", "data.truth=x"]])
+def test_scores_need_images_with_a_true_mask(work, arguments):
+    with pytest.raises(settings.UsageError, match="val_images and keep_best need"):
+        start(train_seg.main, *arguments)

@@ -1,0 +1,60 @@
+"""tools/compare.py: literal numbers in, a literal table out."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from tools import compare
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three runs; of the class "b" the last has no IoU."""
+    for name, a, b, images in (("x_0", 60, 10, 5), ("x_1", 62, 20, 5), ("x_2", 61, None, 5), ("other", 61, 15, 4)):
+        iou = dict(a=a, b=b)
+        known = [v for v in (a, b) if v is not None]
+        result = dict(images=images, miou=sum(known) / len(known), iou=iou)
+        (tmp_path / f"runs/{name}/labels").mkdir(parents=True)
+        (tmp_path / f"runs/{name}/eval.json").write_text(json.dumps({"val, plain": result, "val, CRF": result}))
+        (tmp_path / f"runs/{name}/labels/scores.json").write_text(
+            json.dumps({"val": {"Ycrf": result | dict(miou=90 + a / 10)}}))
+    return tmp_path
+
+
+def command(folder, *arguments):
+    return subprocess.run([sys.executable, ROOT / "tools/compare.py", *arguments], cwd=folder, capture_output=True,
+                          text=True, encoding="utf-8", env={"PYTHONIOENCODING": "utf-8"})
+
+
+def test_runs_side_by_side(runs):
+    """Of 60, 62, 61: mean 61, deviation 1, and 4.303 / sqrt(3) = 2.48."""
+    done = command(runs, "val, plain", "x_0", "x_1", "x_2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == """\
+| IoU, %, val, plain | x_0 | x_1 | x_2 | mean | deviation | 95 % |
+|---|---|---|---|---|---|---|
+| a | 60.0 | 62.0 | 61.0 | 61.00 | 1.00 | ± 2.48 |
+| b | 10.0 | 20.0 | - | - | - | - |
+| mean | 35.0 | 41.0 | 61.0 | 45.67 | 13.61 | ± 33.82 |
+"""
+
+
+def test_labels_of_one_run(runs):
+    done = command(runs, "val, Ycrf", "x_0")
+    assert done.stdout == "| IoU, %, val, Ycrf | x_0 |\n|---|---|\n| a | 60.0 |\n| b | 10.0 |\n| mean | 96.0 |\n"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["val, flip", "x_0"], "runs/x_0: no scores of 'val, flip', only of 'val, plain', 'val, CRF', 'val, Ycrf'"),
+    (["val, plain", "x_0", "nowhere"], "runs/nowhere: no scores of 'val, plain', only of nothing"),
+    (["val, plain", "x_0", "other"], "runs/other: scores of 4 images, not of 5")])
+def test_what_cannot_be_compared_is_one_line(runs, arguments, words):
+    done = command(runs, *arguments)
+    assert done.returncode == 2 and done.stderr == f"{words}\n" and not done.stdout
+
+
+def test_quantiles():
+    stats = pytest.importorskip("scipy.stats")
+    assert compare.T == [round(float(stats.t.ppf(0.975, k)), 3) for k in range(1, 31)]

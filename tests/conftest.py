@@ -20,16 +20,15 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure", "conftest"])
 
 
-def script(name, *arguments, cwd, before=None):
+def script(name, *arguments, cwd):
     """`python NAME.py ARGUMENTS` in the folder cwd, by one thread, with its
-    output, as of subprocess.run. before() is called first, there."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT / "tests")  # for the server's start
+    output, as of subprocess.run."""
     files = [Path(cwd, f".{stream}.txt") for stream in ("stdout", "stderr")]
     process = SERVER.Process(target=as_script, args=(
-        str(ROOT / f"{name}.py"), [str(a) for a in arguments], str(cwd), files, before))
-    process.start()
-    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+        str(ROOT / f"{name}.py"), [str(a) for a in arguments], str(cwd), files))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # for the server
+        process.start()
     process.join()
     said = [file.read_text() for file in files]
     for file in files:
@@ -37,15 +36,13 @@ def script(name, *arguments, cwd, before=None):
     return subprocess.CompletedProcess([name, *arguments], process.exitcode, *said)
 
 
-def as_script(path, arguments, cwd, files, before):
+def as_script(path, arguments, cwd, files):
     os.chdir(cwd)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdin = open(os.devnull)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
     sys.argv = [path, *arguments]
-    if before:
-        before()
     code = 0
     try:
         runpy.run_path(path, run_name="__main__")

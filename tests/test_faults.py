@@ -40,10 +40,10 @@ def folder(work, tmp_path):
 
 
 def command(script, *arguments, cwd, before=(), preexec_fn=None):
-    if not before:
-        return run_script(script, *SMALL, *arguments, cwd=cwd, before=preexec_fn)
+    if not before and not preexec_fn:
+        return run_script(script, *SMALL, *arguments, cwd=cwd)
     return subprocess.run([*before, sys.executable, ROOT / f"{script}.py", *SMALL, *arguments], cwd=cwd,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, preexec_fn=preexec_fn)
 
 
 def last_line(done):

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -57,6 +57,7 @@ FOREIGN = {  # what other tools' own files hold
     "VIA": b'regions"|region_shape|"_via_', "CreateML": b'"coordinates"',
     "Label Studio": b"lead_time|annotation_id|completed_by|annotator",
     "CSV": rb"\A[^\n{\[<]*[,;]"}
+SIDES = "xmin", "ymin", "xmax", "ymax"
 ROTATED = "a rotated box; draw it upright"
 ROUNDING = 1e-6  # pixels
 # What reading a broken text, or one of another form, raises.
@@ -107,12 +108,6 @@ def name_of(value):
     return " ".join(str(value).split())
 
 
-def size_of(width, height):
-    """None where a file does not say."""
-    size = int(number(width or 0)), int(number(height or 0))
-    return size if all(size) else None
-
-
 def extent(points):
     """The box round a polygon x y x y ..."""
     refuse(len(points) < 6 or len(points) % 2,
@@ -151,9 +146,13 @@ class Picture:
 
     def annotate(self, source):
         with noted(self.faults, source):
-            refuse(self.source, f"a second annotation of {self.path}, beside "
-                                f"{self.source}; keep one")
+            refuse(self.source, f"a second annotation, beside {self.source}")
         self.source = source
+
+    def measure(self, width, height):
+        """None or 0: the file does not say."""
+        size = int(number(width or 0)), int(number(height or 0))
+        self.said = size if all(size) else None
 
 
 class Export:
@@ -178,6 +177,9 @@ class Export:
     def named(self, *endings):
         """The files of these endings that are called like an image."""
         return [p for p in self.ending(*endings) if stem_of(p.stem) in self.stems]
+
+    def folders(self, path):
+        return path.relative_to(self.root).parts[:-1]
 
     def words(self, path, name=""):
         text = f"{path.relative_to(self.root)}/{name}".lower()
@@ -212,43 +214,36 @@ def read_each(export, ending, mark, parse):
 def read_voc(path, picture):
     tree = xml(path.read_bytes())
     refuse(tree.tag != "annotation", "not VOC's XML")
-    picture.said = size_of(tree.findtext("size/width"), tree.findtext("size/height"))
+    picture.measure(tree.findtext("size/width"), tree.findtext("size/height"))
     # Direct children only: a <part> has a name and a box, too.
     for index, item in enumerate(tree.findall("object"), 1):
         with noted(picture.faults, where := f"{path}: object {index}"):
-            picture.boxes.append((where, *voc_box(item)))
-
-
-def voc_box(item):
-    """VOC counts pixels from 1 on, and includes the last."""
-    name, box = name_of(item.findtext("name")), item.find("bndbox")
-    angle = item.findtext("attributes/attribute[name='rotation']/value")
-    refuse(number(angle or 0) or item.find("robndbox") is not None, ROTATED)
-    refuse(box is None, f"{name} has no box; draw one")
-    sides = "xmin", "ymin", "xmax", "ymax"
-    x0, y0, x1, y1 = (number(box.findtext(side)) for side in sides)
-    return name, (x0 - 1, y0 - 1, x1, y1)
+            name, box = name_of(item.findtext("name")), item.find("bndbox")
+            angle = item.findtext("attributes/attribute[name='rotation']/value")
+            rotated = item.find("robndbox") is not None
+            refuse(rotated or number(angle or 0), ROTATED)
+            refuse(box is None, f"{name} has no box; draw one")
+            x0, y0, x1, y1 = (number(box.findtext(side)) for side in SIDES)
+            # VOC counts pixels from 1 on, and includes the last.
+            picture.boxes.append((where, name, (x0 - 1, y0 - 1, x1, y1)))
 
 
 def read_yolo(path, picture, names):
+    """class cx cy w h, or class x y x y x y ..., in shares."""
     picture.shares = True
     for index, line in lines(path):
         with noted(picture.faults, where := f"{path}: line {index}"):
-            values = [*map(number, line.split())]
-            name = names.get(values[0]) if names else f"{values[0]:g}"
-            picture.notes["boxes round polygons"] += len(values) > 6
-            picture.boxes.append((where, name, yolo_box(*values[1:])))
-            refuse(not name, f"class {values[0]:g} has no name")
-
-
-def yolo_box(*values):
-    """cx cy w h, or x y x y x y ..., in shares."""
-    refuse(len(values) == 5, "a sixth number, a confidence? Keep class cx cy w h")
-    refuse(max(values, default=0) > 2, "pixels? YOLO's are shares of the image")
-    if len(values) != 4:
-        return extent(values)
-    x, y, w, h = values
-    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+            kind, *values = map(number, line.split())
+            refuse(len(values) == 5, "a sixth number, a confidence? Drop it")
+            refuse(max(values, default=0) > 2, "pixels? YOLO's are shares")
+            refuse(names and kind not in names, f"class {kind:g} has no name")
+            if len(values) == 4:
+                x, y, w, h = values
+                box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+            else:
+                box = extent(values)
+                picture.notes["boxes round polygons"] += 1
+            picture.boxes.append((where, names.get(kind, str(kind)), box))
 
 
 def yolo_names(export):
@@ -256,44 +251,39 @@ def yolo_names(export):
     found = {}
     for path in export.files:
         with noted(export.broken, path):
-            if names := names_in(path, export):
-                first = next(iter(found), path)
-                refuse(found.setdefault(first, names) != names,
-                       f"other names than {first}; keep one of the two")
+            names = []
+            if path.suffix in (".yaml", ".yml") or path.name == "obj.data":
+                names = names_in(path, export)
+            elif path.suffix == ".names" or path.name == "classes.txt":
+                names = path.read_text("utf-8-sig").splitlines()
+            if isinstance(names, list):
+                names = dict(enumerate(names))
+            refuse(not isinstance(names, dict), "names: no list, nor index: name")
+            names = {int(index): " ".join(name.split())
+                     for index, name in names.items() if name.strip()}
+            refuse(len({*names.values()}) < len(names), "a name is given twice")
+            first = next(iter(found), path)
+            refuse(names and found.setdefault(first, names) != names,
+                   f"other names than {first}; keep one of the two")
     if not found and not export.broken:
         export.broken.append(f"{export.root}: no class names; write classes.txt")
     return next(iter(found.values()), {})
 
 
 def names_in(path, export):
-    """{index: name}; on the way it notes where the file says that splits are."""
-    names = []
-    if path.suffix.lower() in (".yaml", ".yml") or path.name == "obj.data":
-        # darknet's `key = value`; in YAML yes and 1 stay words.
-        raw = re.sub(rb"(?m)^(\w+) *= *", rb"\1: ", path.read_bytes())
-        content = yaml.load(raw, yaml.BaseLoader)
-        content = content if isinstance(content, dict) else {}
-        export.places += places_in(content, path.parent)
-        names = content.get("names", []) if path.suffix != ".data" else []
-        refuse(names and "kpt_shape" in content, "keypoints")
-    elif path.suffix == ".names" or path.name == "classes.txt":
-        names = path.read_text("utf-8-sig").splitlines()
-    names = dict(enumerate(names)) if isinstance(names, list) else names
-    refuse(not isinstance(names, dict), "names: not a list, nor index: name")
-    names = {int(index): " ".join(name.split())
-             for index, name in names.items() if name.strip()}
-    refuse(len({*names.values()}) < len(names), "a name is given twice")
-    return names
-
-
-def places_in(content, folder):
-    """[(split, folder or list)]; ../train/images is train/images here."""
+    """Notes where YAML, or darknet's `key = value`, says that splits are."""
+    raw = re.sub(rb"(?m)^(\w+) *= *", rb"\1: ", path.read_bytes())
+    content = yaml.load(raw, yaml.BaseLoader)  # yes and 1 stay words
+    content = content if isinstance(content, dict) else {}
     for key in content.keys() & SPLITS.keys():
         values = content[key]
         for value in values if isinstance(values, list) else [values]:
-            end = value.replace("\\", "/").lstrip("./")
-            if end and (folder / end).exists():
-                yield SPLITS[key], folder / end
+            # ../train/images is train/images here.
+            place = value.replace("\\", "/").lstrip("./")
+            if place and (path.parent / place).exists():
+                export.places.append((SPLITS[key], path.parent / place))
+    refuse("kpt_shape" in content, "keypoints; export boxes")
+    return content.get("names", []) if path.suffix != ".data" else []
 
 
 def coco_files(export):
@@ -322,7 +312,7 @@ def read_coco(export, path, content):
             picture = export.find(item["file_name"], path)
             picture.annotate(path)
             entries[item["id"]] = picture
-            picture.said = size_of(item.get("width"), item.get("height"))
+            picture.measure(item.get("width"), item.get("height"))
     for index, item in enumerate(content["annotations"]):
         with noted(export.faults, where := f"{path}: annotations[{index}]"):
             refuse(item["image_id"] not in entries, "no image has its image_id")
@@ -338,7 +328,8 @@ def read_coco(export, path, content):
 def coco_box(item, names):
     refuse(item["category_id"] not in names, "no category has its category_id")
     refuse((item.get("attributes") or {}).get("rotation"), ROTATED)
-    name, box, parts = names[item["category_id"]], item.get("bbox"), item.get("segmentation")
+    name, box = names[item["category_id"]], item.get("bbox")
+    parts = item.get("segmentation")
     if not box and isinstance(parts, list):
         return name, extent([number(x) for part in parts for x in part])
     refuse(not isinstance(box, list) or len(box) != 4,
@@ -355,7 +346,8 @@ def read_annotations(export):
               "YOLO": len(export.named(".txt"))}
     export.kind = max(counts, key=counts.get)
     if not counts.pop(export.kind):
-        refuse_foreign(export, faults)
+        raise DataError(foreign(export) or [*faults, f"{export.root}: no images "
+                        "with VOC XML, COCO JSON or YOLO text; unpack archives"][0])
     for kind, count in counts.items():
         export.notes[f"annotations in {kind}, left out"] = count
     if export.kind == "VOC XML":
@@ -372,16 +364,12 @@ def read_annotations(export):
                 read_coco(export, path, content)
 
 
-def refuse_foreign(export, faults):
+def foreign(export):
     for path in export.ending(".xml", ".json", ".csv"):
         for tool, mark in FOREIGN.items():
-            refuse(re.search(mark, path.read_bytes()), f"{path}: {tool}'s own "
-                   "form; export VOC XML, COCO or YOLO there")
-    for path in export.ending(".zip"):
-        raise DataError(f"{path}: unpack it")
-    raise DataError(*faults[:1] or [
-        f"{export.root}: {len(export.pictures)} images, and no VOC XML, COCO "
-        "JSON or YOLO text of them"])
+            if re.search(mark, path.read_bytes()):
+                return (f"{path}: {tool}'s own form; export VOC XML, COCO or "
+                        "YOLO there")
 
 
 def split_of(name, beside=BESIDE):
@@ -400,39 +388,36 @@ def lists(export):
         return export.places
     texts = {*export.ending(".txt")} - {*export.named(".txt")}
     for folder in ("ImageSets/Segmentation", "ImageSets/Main", ""):
-        own = [p for p in texts if p.parent.as_posix().endswith(folder)]
-        if any(p.stem == "train" for p in own):
-            own = [p for p in own if p.stem != "trainval"]
-        if found := [(split, p) for p in own if (split := split_of(p.stem))]:
+        own = {p: p.stem for p in texts if str(p.parent).endswith(folder)}
+        whole = "train" not in own.values()
+        found = [(split_of(stem), path) for path, stem in own.items()
+                 if split_of(stem) and (whole or stem != "trainval")]
+        if found:
             return found
     return []
-
-
-def listed(path, export):
-    """The images of a folder, or of a list, which names one a line."""
-    found = []
-    if path.is_dir():
-        return [p for p in export.pictures if path in p.path.parents]
-    with noted(export.broken, path):
-        for index, line in lines(path):
-            with noted(export.faults, f"{path}: line {index}"):
-                found.append(export.find(line, path))
-    return found
 
 
 def choose(export):
     """The images of no list are left out. Without lists COCO files' names
     tell, or folders' names; without any, all are train's."""
-    for split, path in lists(export):
-        for picture in listed(path, export):
-            picture.splits.add(split)
+    for split, place in lists(export):
+        if place.is_dir():
+            for picture in export.pictures:
+                picture.splits |= {split} if place in picture.path.parents else set()
+            continue
+        with noted(export.broken, place):
+            for index, line in lines(place):
+                with noted(export.faults, f"{place}: line {index}"):
+                    export.find(line, place).splits.add(split)
     if not any(picture.splits for picture in export.pictures):
         for picture in export.pictures:
             coco = export.kind == "COCO" and picture.source
             named = coco and split_of(coco.stem, None)
-            folders = picture.path.relative_to(export.root).parts[:-1]
-            picture.splits = {named or None, *map(split_of, folders * (not named))} - {None}
-    chosen = [p for p in export.pictures if p.splits] or export.pictures
+            folders = export.folders(picture.path) if not named else ()
+            picture.splits = {named or None, *map(split_of, folders)} - {None}
+    # After a broken list all are checked.
+    chosen = [p for p in export.pictures if p.splits or export.broken]
+    chosen = chosen or export.pictures
     export.notes["images in no list, left out"] = len(export.pictures) - len(chosen)
     for picture in chosen:
         picture.splits = picture.splits or {"train"}
@@ -442,19 +427,16 @@ def choose(export):
 
 def give_ids(export):
     """The stem; before equal ones come the names of the image's folders."""
-    stems = Counter(stem_of(picture.path.name) for picture in export.pictures)
     taken = {}
     for picture in export.pictures:
         path, stem = picture.path, picture.path.stem
-        equal = stems[stem_of(path.name)] > 1
-        folders = path.relative_to(export.root).parts[:-1]
-        picture.id = "_".join([*folders * equal, stem])
+        equal = len(export.stems[stem_of(path.name)]) > 1
+        picture.id = "_".join([*export.folders(path) * equal, stem])
         export.notes["ids with folders before an equal stem"] += equal
         first = taken.setdefault(picture.id, path)
         with noted(picture.faults, ascii(str(path))):
             refuse(first != path, f"{first} has the same id; rename one")
-            refuse(not stem.isprintable() or stem != stem.strip(),
-                   "give it a plain name")
+            refuse(not stem.isprintable() or stem != stem.strip(), "give it a plain name")
 
 
 def attach_masks(export):
@@ -512,17 +494,6 @@ def labels_of(mask, export):
     return labels
 
 
-def check_inside(labels, boxes, names):
-    """More than half of a label outside the boxes of its class: the label is
-    another class's, or the mask another image's."""
-    for label in {*np.unique(labels).tolist()} - {0, VOID}:
-        name, here = names[label - 1], labels == label
-        own = torch.tensor([box for kind, box in boxes if kind == name])
-        outside = outside_boxes(own.reshape(-1, 4), labels.shape)[0].numpy()
-        refuse((here & outside).sum() > here.sum() / 2, f"most of label {label} "
-               f"lies outside the boxes of {name}; is that its class?")
-
-
 def examine(image, most):
     """(upright size, EXIF's turn, format, picture) of an open image; without
     the picture where the file will do, though that is decoded all the same."""
@@ -550,16 +521,17 @@ def convert(picture, export):
         notes["images without a mask"] += bool(export.masks and not picture.mask)
         boxes = upright_boxes(picture, size, turn)
         labels = picture.mask and read_mask(picture, boxes, export, size, turn)
-        if not picture.faults:
-            scale = min(1, options.max_side / max(size))
-            notes["images made smaller"] += scale < 1
-            picture.size = *(max(1, round(side * scale)) for side in size),
-            write_image(picture, kind, rgb, export.out)
-            write_boxes(picture, boxes, np.divide(picture.size, size), export)
-            if labels is not None:
-                image = Image.fromarray(export.table[labels]).resize(picture.size, 0)
-                write_mask(export.out / f"SegmentationClass/{picture.id}.png",
-                           np.asarray(image))
+        if picture.faults:
+            return
+        scale = min(1, options.max_side / max(size))
+        notes["images made smaller"] += scale < 1
+        new = picture.size = *(max(1, round(side * scale)) for side in size),
+        write_image(picture, kind, rgb, export.out)
+        write_boxes(picture, boxes, np.divide(new * 2, size * 2), export)
+        if picture.mask:
+            labels = Image.fromarray(export.table[labels]).resize(new, 0)
+            path = export.out / f"SegmentationClass/{picture.id}.png"
+            write_mask(path, np.asarray(labels))
 
 
 def upright_boxes(picture, size, turn):
@@ -573,23 +545,17 @@ def upright_boxes(picture, size, turn):
           "assumed"] += bool(unsure and picture.boxes)
     for where, name, box in picture.boxes:
         with noted(picture.faults, f"{where}: {name}", DataError):
-            if picture.shares:
-                box = [share * side for share, side in zip(box, said * 2)]
-            box = cut(box, said, notes)
+            scale = said if picture.shares else (1, 1)
+            x0, y0, x1, y1 = np.multiply(box, scale * 2).tolist()
+            refuse(x1 < x0 or y1 < y0, "corners are swapped, or a side is negative")
+            beyond = max(-x0, -y0, x1 - said[0], y1 - said[1])
+            refuse(beyond > 1 + ROUNDING, f"{beyond:.6g} pixels beyond the edge")
+            notes["boxes cut at the edge, at most a pixel"] += beyond > ROUNDING
+            box = max(x0, 0), max(y0, 0), min(x1, said[0]), min(y1, said[1])
+            refuse(min(box[2] - box[0], box[3] - box[1]) <= 1, "too small: "
+                   "a pixel or less")
             boxes.append((name, box if said == size else TURNS[turn](*box, *said)))
     return boxes
-
-
-def cut(box, size, notes):
-    (x0, y0, x1, y1), (width, height) = box, size
-    refuse(x1 < x0 or y1 < y0, "corners are swapped, or a side is negative")
-    beyond = max(-x0, -y0, x1 - width, y1 - height)
-    refuse(beyond > 1 + ROUNDING, f"{beyond:.6g} pixels beyond the edge")
-    notes["boxes cut at the edge, at most a pixel"] += beyond > ROUNDING
-    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    refuse(min(x1 - x0, y1 - y0) <= 1,
-           f"{x1 - x0:.4g} x {y1 - y0:.4g} pixels, too small")
-    return x0, y0, x1, y1
 
 
 def read_mask(picture, boxes, export, size, turn):
@@ -602,8 +568,13 @@ def read_mask(picture, boxes, export, size, turn):
         refuse(mask.size != size, f"{mask.width} x {mask.height} pixels, but "
                f"{picture.path} has {size[0]} x {size[1]}")
         labels = labels_of(mask, export)
-        if not picture.faults:
-            check_inside(labels, boxes, export.labels)
+        for label in {*np.unique(labels).tolist()} - {0, VOID}:
+            # Outside, it is another class's label, or another image's mask.
+            name, here = export.labels[label - 1], labels == label
+            own = torch.tensor([box for kind, box in boxes if kind == name])
+            outside = here & outside_boxes(own.reshape(-1, 4), here.shape)[0].numpy()
+            refuse(not picture.faults and outside.sum() > here.sum() / 2,
+                   f"most of label {label} lies outside the boxes of {name}")
         return labels
 
 
@@ -613,8 +584,9 @@ def write_image(picture, kind, rgb, out):
     own = own if own.lower() in endings else endings[0]
     target = out / f"JPEGImages/{picture.id}{own}"
     if rgb:
-        rgb.resize(picture.size, Image.Resampling.LANCZOS).save(
-            target, "JPEG" if endings == JPEG else "PNG", quality=95, subsampling=0)
+        rgb = rgb.resize(picture.size, Image.Resampling.LANCZOS)
+        rgb.save(target, "JPEG" if endings == JPEG else "PNG", quality=95,
+                 subsampling=0)
         return
     try:
         os.link(os.path.realpath(picture.path), target)
@@ -624,25 +596,20 @@ def write_image(picture, kind, rgb, out):
 
 def write_boxes(picture, boxes, scale, export):
     """The devkit's XML: pixels from 1 on, the last included."""
-    width, height = picture.size
-    content = (f"<annotation>\n  <size><width>{width}</width><height>{height}"
-               "</height><depth>3</depth></size>\n")
+    content = ("<annotation>\n  <size><width>{}</width><height>{}</height>"
+               "<depth>3</depth></size>\n").format(*picture.size)
     for name, box in boxes:
-        if final := export.final.get(name):
-            picture.counts[final] += 1
-            sides = zip(("xmin", "ymin", "xmax", "ymax"),
-                        box * np.tile(scale, 2) + [1, 1, 0, 0])
-            sides = "".join(f"<{side}>{x:.10g}</{side}>" for side, x in sides)
-            content += (f"  <object><name>{escape(final)}</name><bndbox>{sides}"
-                        "</bndbox></object>\n")
-        else:
+        final = export.final.get(name)
+        if not final:
             picture.notes[f"boxes of {name}, left out"] += 1
-    write(export.out / f"Annotations/{picture.id}.xml", content + "</annotation>\n")
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+            continue
+        picture.counts[final] += 1
+        box = "".join(f"<{side}>{x:.10g}</{side}>" for side, x in zip(
+            SIDES, box * scale + [1, 1, 0, 0]))
+        content += (f"  <object><name>{escape(final)}</name><bndbox>{box}"
+                    "</bndbox></object>\n")
+    path = export.out / f"Annotations/{picture.id}.xml"
+    path.write_text(content + "</annotation>\n", "utf-8")
 
 
 def source_classes(export):
@@ -653,25 +620,21 @@ def source_classes(export):
         export.notes.update(f"category without boxes, no class: {name}"
                             for name in names if name not in used)
         return [name for name in names if name in used]
-    # The masks of a part of VOC count the classes that it lacks as well.
-    voc = not export.names and used < {*VOC_CLASSES}
-    more = voc and any(has_more(mask, len(used)) for mask in export.masks)
-    return [*VOC_CLASSES] if more else names
+    if export.kind == "VOC XML" and used < {*VOC_CLASSES}:
+        # The masks of a part of VOC count the classes that it lacks as well.
+        for path in export.masks:
+            with noted([], kinds=DataError):  # it is named later
+                counts = open_image(path, Image.Image.histogram)
+                if len(counts) == 256 and any(counts[len(used) + 1:VOID]):
+                    return [*VOC_CLASSES]
+    return names
 
 
-def has_more(path, count):
-    """Whether a mask holds a higher label than `count`."""
-    with noted([], kinds=DataError):  # a broken one is named later
-        mode, pixels = open_image(path, lambda mask: (mask.mode, mask.histogram()))
-        return mode in "PL" and any(pixels[count + 1:VOID])
-
-
-def name_classes(export):
+def name_classes(export, chosen, new):
     """Sets labels, SOURCE's classes but background, in label order; classes,
     OUT's; final, {class: its name in OUT}; and table, OUT's label of each of
     SOURCE's."""
-    names, chosen = source_classes(export), export.options.classes
-    new = dict(export.options.rename)
+    names = source_classes(export)
     final = {name: new.get(name, name) for name in names}
     unknown = {*new, *chosen} - {*names, *final.values()}
     refuse(unknown, f"--classes, --rename: no class {[*unknown][:1]}; there "
@@ -684,14 +647,15 @@ def name_classes(export):
                     and (not chosen or {old, name} & {*chosen})}
     export.classes = [*dict.fromkeys(export.final.values())]
     refuse(len(export.classes) >= VOID, f"{export.root}: over 254 classes")
-    numbers = {name: k for k, name in enumerate(export.classes, 1)}
-    labels = [numbers.get(export.final.get(name), 0) for name in export.labels]
+    labels = [export.classes.index(export.final[name]) + 1
+              if name in export.final else 0 for name in export.labels]
     export.table = np.array([0, *labels, *[0] * 256][:256], np.uint8)
     export.table[VOID] = VOID
 
 
 def prepare(source, out, options):
     """Makes OUT; returns the exit status, 0 or 2."""
+    refuse(not 16 <= options.max_side <= 7000, "--max-side: 16 to 7000 pixels")
     refuse(not source.is_dir(), f"{source}: no folder; unpack an archive")
     refuse(os.path.lexists(out), f"{out}: exists already; name a new folder")
     refuse(source.resolve() in out.resolve().parents,
@@ -701,7 +665,7 @@ def prepare(source, out, options):
     choose(export)
     attach_masks(export)
     give_ids(export)
-    name_classes(export)
+    name_classes(export, options.classes, dict(ChainMap(*options.rename)))
     export.colours = mask_colours(export)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -710,7 +674,8 @@ def prepare(source, out, options):
 
 
 def fill(export, out):
-    (export.out / "JPEGImages").mkdir(parents=True)
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
+        (export.out / folder).mkdir(parents=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = pool.map(partial(convert, export=export), export.pictures)
         [*tqdm(done, "images", len(export.pictures), False, disable=None)]
@@ -724,9 +689,9 @@ def fill(export, out):
     refuse(not any("train" in p.splits and p.counts for p in whole),
            f"{export.root}: no image with boxes for train")
     for split in filter(ids.get, ids):
-        write(export.out / f"ImageSets/Segmentation/{split}.txt",
-              "".join(f"{name}\n" for name in ids[split]))
-    write_settings(export, out, "val" if ids["val"] else "masked" if ids["masked"] else "")
+        path = export.out / f"ImageSets/Segmentation/{split}.txt"
+        path.write_text("\n".join([*ids[split], ""]), "utf-8")
+    write_settings(export, ids, out)
     export.out.rename(out)
     print(f"\npython train_cls.py {out / 'mine.yaml'}")
     return 0
@@ -747,30 +712,22 @@ def print_report(export, whole, ids, faults):
           f"faults: {len(faults)}", *faults, sep="\n")
 
 
-def write_settings(export, out, val):
+def write_settings(export, ids, out):
     """mine.yaml: configs/your_data.yaml, filled in."""
-    if val == "masked":
+    seen = ids["masked"] and not ids["val"]
+    if seen:
         print("data.val is masked.txt: images of train, so seen")
     values = {
         "name": re.sub(r"[^\w.-]|^\.", "_", out.name)[:99],
-        "root": str(out.absolute()), "classes": export.classes,
-        "train": "train", "val": val, "truth": "SegmentationClass"}
+        "root": str(out.absolute()), "classes": export.classes, "train": "train",
+        "val": "masked" if seen else "val" if ids["val"] else "",
+        "truth": "SegmentationClass"}
     content = (ROOT / "configs/your_data.yaml").read_text("utf-8")
     for key, value in values.items():
         filled = f"  {key}: {json.dumps(value, ensure_ascii=False)}"
         line = re.search(rf"(?m)^  {key}: .*?(?=  #|$)", content)
         content = content.replace(line[0], filled, 1)
-    write(export.out / "mine.yaml", content)
-
-
-def renaming(argument):
-    old, new = map(name_of, argument.split("=", 1))
-    return old, new
-
-
-def side(argument):
-    refuse(not 16 <= int(argument) <= 7000, "not 16 to 7000")
-    return int(argument)
+    (export.out / "mine.yaml").write_text(content, "utf-8")
 
 
 def main():
@@ -778,14 +735,13 @@ def main():
     add = parser.add_argument
     add("SOURCE", type=Path)
     add("OUT", type=Path, help="a new folder")
-    add("--empty", action="store_true",
-        help="an image without an annotation is one without objects")
+    add("--empty", action="store_true", help="no annotation means no objects")
     add("--skip-faults", action="store_true", help="leave such images out")
-    add("--max-side", type=side, default=1000, help="pixels, 16 to 7000")
+    add("--max-side", type=int, default=1000, help="pixels; 1000")
     add("--classes", type=lambda names: [*map(name_of, names.split(","))],
         default=[], help="A,B: keep these alone")
-    add("--rename", type=renaming, action="append", default=[],
-        help="OLD=NEW; repeatable, several may become one")
+    add("--rename", type=lambda pair: dict([map(name_of, pair.split("=", 1))]),
+        action="append", default=[], help="OLD=NEW; repeatable")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     with suppress(ImportError):

@@ -151,8 +151,9 @@ class Picture:
 
     def measure(self, width, height):
         """None or 0: the file does not say."""
-        size = int(number(width or 0)), int(number(height or 0))
-        self.said = size if all(size) else None
+        with noted(self.faults, self.source):
+            size = int(number(width or 0)), int(number(height or 0))
+            self.said = size if all(size) else None
 
 
 class Export:

@@ -327,8 +327,9 @@ def write_settings(config: SimpleNamespace, script: str) -> None:
     ran before as they were then, and a line of versions for each script; and
     index.md, what each file of the folder is.
     """
-    index = (ROOT / "docs/run_folder.md").read_bytes()
-    datasets.write(config.path / "index.md", index)
+    index = config.path / "index.md"
+    if not index.exists():
+        datasets.write(index, (ROOT / "docs/run_folder.md").read_bytes())
     path = config.path / "settings.yaml"
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     earlier = yaml.safe_load(before) or {}

@@ -494,6 +494,7 @@ def batches_ahead(workers: int, size: int) -> int:
     """
     memory = Path("/dev/shm")
     free = shutil.disk_usage(memory).free if memory.is_dir() else sys.maxsize
+    free //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # shared by ranks
     # Two more: the batch in use, and the next one.
     for ahead in (2, 1):
         if (ahead * workers + 2) * size <= free:

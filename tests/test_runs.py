@@ -133,6 +133,8 @@ def test_workers_read_ahead_what_shared_memory_holds(monkeypatch, free, ahead):
     monkeypatch.setattr(runs.shutil, "disk_usage",
                         lambda path: SimpleNamespace(free=free * 10 ** 6))
     assert runs.batches_ahead(2, 10 ** 6) == ahead
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's ranks share it
+    assert runs.batches_ahead(2, 10 ** 6 // 2) == ahead
 
 
 def test_too_little_shared_memory_is_refused(monkeypatch):

@@ -46,7 +46,20 @@ def test_labels_of_one_run(runs):
     assert done.stdout == "| IoU, %, val, Ycrf | x_0 |\n|---|---|\n| a | 60.0 |\n| b | 10.0 |\n| mean | 96.0 |\n"
 
 
+def test_differences_seed_by_seed(runs):
+    """60 - 61, 62 - 60, 61 - 62 of class a: mean 0, deviation sqrt(3), and 4.303 sqrt(3) / sqrt(3) = 4.30."""
+    done = command(runs, "val, plain", "x_0", "x_1", "x_2", "minus", "x_2", "x_0", "x_1")
+    assert done.stdout == """\
+| IoU, %, val, plain | x_0 - x_2 | x_1 - x_0 | x_2 - x_1 | mean | deviation | 95 % |
+|---|---|---|---|---|---|---|
+| a | -1.0 | 2.0 | -1.0 | 0.00 | 1.73 | ± 4.30 |
+| b | - | 10.0 | - | - | - | - |
+| mean | -26.0 | 6.0 | 20.0 | 0.00 | 23.58 | ± 58.58 |
+"""
+
+
 @pytest.mark.parametrize("arguments, words", [
+    (["val, plain", "x_0", "minus", "x_1", "x_2"], "1 runs minus 2: give one of each seed on both sides"),
     (["val, flip", "x_0"], "runs/x_0: no scores of 'val, flip', only of 'val, plain', 'val, CRF', 'val, Ycrf'"),
     (["val, plain", "x_0", "nowhere"], "runs/nowhere: no scores of 'val, plain', only of nothing"),
     (["val, plain", "x_0", "other"], "runs/other: scores of 4 images, not of 5")])

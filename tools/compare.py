@@ -1,11 +1,13 @@
 """Runs side by side, as a Markdown table: IoU of each class, mean, standard
 deviation and 95 % t interval.
 
-    python tools/compare.py METHOD RUN [RUN ...]
+    python tools/compare.py METHOD RUN [RUN ...] [minus RUN [RUN ...]]
 
 METHOD is a key of runs/RUN/eval.json, such as "val, plain"; or a list and a
 kind of labels, such as "val, Ycrf", of runs/RUN/labels/scores.json. The runs
-differ in their seed alone, if the interval is to be one over seeds.
+differ in their seed alone, if the interval is to be one over seeds. After
+minus come as many runs of the same seeds, in the same order: the table is of
+the differences, seed by seed.
 """
 import json
 import sys
@@ -45,8 +47,8 @@ def row(name: str, values: Sequence[float | None]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-def table(method: str, runs: Sequence[str]) -> str:
-    """The table. ValueError: a run has no such scores, or of other images."""
+def find_scores(method: str, runs: Sequence[str]) -> list[dict]:
+    """Scores of each run. ValueError: a run has none, or of other images."""
     found = []
     for run in runs:
         scores = read_scores(Path("runs", run))
@@ -57,20 +59,40 @@ def table(method: str, runs: Sequence[str]) -> str:
         if found[-1]["images"] != found[0]["images"]:
             raise ValueError(f"runs/{run}: scores of {found[-1]['images']} "
                              f"images, not of {found[0]['images']}")
-    heads = [f"IoU, %, {method}", *runs]
+    return found
+
+
+def minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def table(method: str, runs: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The table of the runs, or of their differences to the others."""
+    found = find_scores(method, [*runs, *others])
+    rows = {name: [s["iou"].get(name) for s in found]
+            for name in found[0]["iou"]} | {"mean": [s["miou"] for s in found]}
+    heads = list(runs)
+    if others:
+        if len(runs) != len(others):
+            raise ValueError(f"{len(runs)} runs minus {len(others)}: give one "
+                             "of each seed on both sides")
+        heads = [f"{a} - {b}" for a, b in zip(runs, others)]
+        rows = {name: list(map(minus, v[:len(runs)], v[len(runs):]))
+                for name, v in rows.items()}
     heads += ["mean", "deviation", "95 %"] if len(runs) > 1 else []
-    return "\n".join([
-        f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
-        *(row(name, [s["iou"].get(name) for s in found])
-          for name in found[0]["iou"]),
-        row("mean", [s["miou"] for s in found])])
+    return "\n".join([f"| {' | '.join([f'IoU, %, {method}', *heads])} |",
+                      "|---" * (len(heads) + 1) + "|",
+                      *(row(name, values) for name, values in rows.items())])
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
-        sys.exit("usage: python tools/compare.py METHOD RUN [RUN ...]")
+        sys.exit("usage: python tools/compare.py METHOD RUN [RUN ...] "
+                 "[minus RUN [RUN ...]]")
+    method, *runs = sys.argv[1:]
+    cut = runs.index("minus") if "minus" in runs else len(runs)
     try:
-        print(table(sys.argv[1], sys.argv[2:]))
+        print(table(method, runs[:cut], runs[cut + 1:]))
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,42 @@
+"""benchmarks/bootstrap.py: on draws that can be counted, and on label images."""
+import math
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import datasets
+from tools.shapes import make_shapes
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bootstrap  # noqa: E402
+
+
+def test_two_images():
+    """One image is all right, in the other nothing is: of two draws, 2, 1 or 0 are of the first one, with 1/4, 1/2
+    and 1/4. Label 1 is nowhere."""
+    right, wrong = np.array([[4, 0, 0], [0, 0, 0]]), np.array([[0, 0, 4], [0, 0, 0]])
+    whole, drawn = bootstrap.differences([np.stack((right, wrong))], [np.stack((wrong, wrong))], 4000)
+    assert whole == 50
+    values, counts = np.unique(drawn, return_counts=True)
+    assert values.tolist() == [0, 50, 100]
+    for count, share in zip(counts, (1 / 4, 1 / 2, 1 / 4)):
+        assert abs(count - 4000 * share) < 5 * math.sqrt(4000 * share * (1 - share))
+
+
+def test_it_is_the_mean_over_classes_of_scores(tmp_path, monkeypatch, capsys):
+    """The truth itself minus labels of nothing but background: 100 minus the background's share / 7."""
+    monkeypatch.chdir(tmp_path)
+    make_shapes(tmp_path / "data/shapes", train=1, val=5)
+    pixels, background, shown = 0, 0, set()
+    for name in datasets.read_list("data/shapes", "val"):
+        truth = datasets.read_mask(f"data/shapes/SegmentationClassAug/{name}.png", 7)
+        datasets.write_mask(tmp_path / f"empty/{name}.png", np.zeros_like(truth))
+        pixels, background = pixels + (truth < 255).sum(), background + (truth == 0).sum()
+        shown |= set(truth.flat) - {255}
+    truth = "data/shapes/SegmentationClassAug"
+    bootstrap.main(str(ROOT / "configs/shapes.yaml"), "val", truth, truth, "minus", "empty", "empty")
+    expected = 100 - 100 * background / pixels / len(shown)
+    said = capsys.readouterr().out
+    assert float(said.split()[1].rstrip(",")) == pytest.approx(expected, abs=0.01) and "draws of 5 images" in said

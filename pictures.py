@@ -64,7 +64,10 @@ def write_overlays(paths: dict[str, Path], folder: Path) -> None:
         labels = datasets.read_mask(folder / f"{name}.png", datasets.VOID)
         mixed = image // 2 + datasets.palette()[labels] // 2
         overlay = np.where(labels[..., None] > 0, mixed, image)
-        datasets.write(folder / f"{name}_overlay.png",
+        file = f"{name}_overlay"
+        while file in paths:  # another photograph's labels are called so
+            file += "_"
+        datasets.write(folder / f"{file}.png",
                        datasets.png(Image.fromarray(overlay)))
     print(f"{folder}: labels and overlays of {len(written)} photographs")
 

@@ -67,6 +67,7 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
             torch.use_deterministic_algorithms(True)
         write_shapes(config, arguments)
         main(config)
+        sys.stdout.flush()
     except FAULTS as fault:
         # A DataLoader's worker sends it inside a traceback, at its end.
         end(re.split(r"^[\w.]+Error: ", str(fault).strip(), flags=re.M)[-1], 2)
@@ -74,8 +75,21 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
         end(f"{error}; a smaller batch or crop needs less", 1)
     except KeyboardInterrupt:
         end("interrupted; the same command resumes", 130)
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def reader_is_gone() -> bool:
+    """Whether what reads the output has ended, such as `| head -1`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def end(line: str, status: int) -> None:

@@ -2,12 +2,14 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from conftest import script as run_script
 from PIL import Image
 
@@ -125,6 +127,15 @@ def test_a_folder_of_labels_is_scored(work):
     assert f"mean            {miou:8.1f}" in done.stdout
 
 
+def test_a_reader_that_has_seen_enough(work):
+    """As `| head -1`: nothing is said of the pipe."""
+    process = subprocess.Popen([sys.executable, ROOT / "eval.py", *SMALL, "labels=data/shapes/SegmentationClassAug"],
+                               cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1 and "scores val" in said and "Pipe" not in said and "Traceback" not in said
+
+
 def test_any_pictures(work):
     source = Image.open(next((work / "data/shapes/JPEGImages").iterdir()))
     (work / "photos").mkdir()
@@ -159,13 +170,15 @@ def test_a_folder_of_photographs(work, tmp_path):
     turned = Image.Exif()
     turned[274] = 6
     source.resize((80, 60)).save(folder / "turned.jpg", exif=turned)
+    source.resize((30, 20)).save(folder / "long_overlay.png")
     done = command("eval", "images=[photos]", "max_side=100", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "skipped: [photos]/notes.txt" in done.stdout
     results = tmp_path / "runs/shapes/pictures/plain"
     for name, size in {"long": (200, 100), "turned": (60, 80)}.items():
-        for ending in ("", "_overlay"):
+        for ending in ("", "_overlay" if name != "long" else "_overlay_"):
             assert Image.open(results / f"{name}{ending}.png").size == size
+    assert Image.open(results / "long_overlay.png").size == (30, 20)
 
 
 def test_a_list_is_scored_on_the_images_that_have_a_mask(work, tmp_path):

@@ -29,7 +29,8 @@ NARROW = {"shapes": "train_cls.width=0.0625 train_seg.width=0.0625",
           "voc2007": "train_cls.weights=none train_seg.weights=none"}
 ELSEWHERE = {  # what a command holds -> where it is tested
     "make ": "test_make", "download": "test_download", "benchmarks/speed.py": "test_speed",
-    "benchmarks/soak.py": "half an hour, by hand", "benchmarks/limits.py": "three minutes, by hand", "benchmarks/voc2007.py": "test_voc2007",
+    "benchmarks/soak.py": "half an hour, by hand", "benchmarks/limits.py": "three minutes, by hand",
+    "benchmarks/voc2007.py": "test_voc2007",
     "pip install": "requirements-dev.txt", "own_data": "test_own_data", "mine.yaml": "test_own_data"}
 
 

@@ -99,6 +99,41 @@ def to_probabilities(attention: Tensor, cams: Tensor, outside: Tensor,
     return torch.where(outside, certain, u)
 
 
+def upsampled(config: SimpleNamespace, network: models.BoxClassifier,
+              image: Tensor) -> models.Upsampled:
+    """The features of an image (3, H, W), as if upsampled to its size."""
+    with engine.autocast(config):
+        batch = image[None].to(config.device,
+                               memory_format=torch.channels_last)
+        features = network.features(batch)[0].float()
+    size = image.shape[1:]
+    return models.Upsampled(features, size, models.padded_size(size))
+
+
+def logits(config: SimpleNamespace, network: models.BoxClassifier,
+           image: Tensor, w: Tensor) -> Tensor:
+    """w . f of each pixel of an image (3, H, W) uint8, (rows of w, H, W): the
+    mean over the image at several sizes.
+    """
+    maps = []
+    for scale in config.make_labels.sizes:
+        size = [max(1, round(scale * side)) for side in image.shape[1:]]
+        view = F.interpolate(image[None].float() / 255, size, mode="bilinear",
+                             align_corners=False)
+        dot = upsampled(config, network, view[0]).dot(w)
+        maps.append(F.interpolate(dot[None], image.shape[1:], mode="bilinear",
+                                  align_corners=False)[0])
+    return torch.stack(maps).mean(0)
+
+
+def logit_probabilities(maps: Tensor, own: Tensor, s: MakeLabels) -> Tensor:
+    """Softmax over {k w_0 . f, k (w_c . f + d)}, of maps w . f (1 + classes,
+    H, W); a class is impossible outside its own boxes (classes, H, W).
+    """
+    objects = (maps[1:] + s.logit_bias).masked_fill(~own, -torch.inf)
+    return (s.logit_scale * torch.cat((maps[:1], objects))).softmax(0)
+
+
 @torch.inference_mode()
 def unaries(config: SimpleNamespace, network: models.BoxClassifier,
             sample: dict) -> Unaries:
@@ -109,16 +144,18 @@ def unaries(config: SimpleNamespace, network: models.BoxClassifier,
         for key in ("image", "boxes", "labels", "background"))
     outside = outside[0].to(device) == 1
     size, classes = outside.shape, sorted(set(labels.tolist()))
-    with engine.autocast(config):
-        batch = image[None].to(device, memory_format=torch.channels_last)
-        features = network.features(batch)[0].float()
-    up = models.Upsampled(features, size, models.padded_size(size))
+    up = upsampled(config, network, image)
     w = network.classifier.weight.float()
     attention = background_attention(up, w, outside, s)
     cams = activation_maps(up, w, boxes, labels, classes, s)
-    return Unaries(up, classes, unions(boxes, labels, classes, size),
-                   attention.masked_fill(outside, 1), cams,
-                   to_probabilities(attention, cams, outside, s))
+    own = unions(boxes, labels, classes, size)
+    if s.unary == "logits":
+        maps = logits(config, network, image, w[[0, *classes]])
+        probabilities = logit_probabilities(maps, own.to(device), s)
+    else:
+        probabilities = to_probabilities(attention, cams, outside, s)
+    return Unaries(up, classes, own, attention.masked_fill(outside, 1), cams,
+                   probabilities)
 
 
 def label_by_crf(marginals: np.ndarray, u: Unaries) -> Tensor:

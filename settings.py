@@ -108,6 +108,12 @@ class MakeLabels:
     # An activation map is divided by its maximum in each box, or in all.
     cam_norm: Literal["box", "class"] = "box"
     softmax: bool = True  # over {u0, u_c}; false: divided by their sum
+    # What the CRF starts from: attention, the paper's {u0, u_c}; or logits,
+    # the softmax over {k w_0 . f, k (w_c . f + d)}, c in its own boxes only.
+    unary: Literal["attention", "logits"] = "attention"
+    logit_scale: float = 0.3  # k
+    logit_bias: float = 4.0  # d
+    sizes: tuple[float, ...] = (1.0,)  # of the image, averaged, for logits
     crf_bilateral: Numbers3 = (4.0, 55.0, 3.0)  # weight, pixels, colour
     crf_gaussian: Numbers2 = (3.0, 3.0)  # weight, pixels
     crf_iterations: int = 10
@@ -167,7 +173,7 @@ LEAST = dict(
     crop=9, width=0.01, scale=0.01, jitter=0, lr=0, new_lr=0, momentum=0,
     decay=0, warmup=0, poly=0, grid=1, bins=1, pictures=0, panels=0,
     max_side=9, val_images=0, val_every=1,
-    scales=0.01, crf_bilateral=0.1, crf_gaussian=0.1, crf_iterations=1)
+    scales=0.01, sizes=0.01, crf_bilateral=0.1, crf_gaussian=0.1, crf_iterations=1)
 # What yaml raises; the last five for a tag such as !!int x, or too deep.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError,
             AttributeError, RecursionError)

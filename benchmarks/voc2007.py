@@ -6,6 +6,7 @@ thread each.
     queries      the least background that makes a query of BAP: any, half a
                  feature cell, or a whole one
     length       stage 1 with 16,000 and with 32,000 crops
+    unaries      the classifier's logits instead of {u0, u_c}: k, d, sizes
     labels       average pooling and BAP, three seeds, with and without u0
                  and its threshold
     segmenters   losses and labels of stage 3, three seeds: needs the labels
@@ -33,6 +34,13 @@ REPORT = ["make_labels.splits=[Segmentation/trainval, Segmentation/test]"]
 QUERIES = {"any": 1e-5, "half": 0.5, "whole": 1.0}  # feature cells
 ROWS = {"": [], "_nou0": ["make_labels.u0=false"],
         "_nothing": ["make_labels.u0=false", "make_labels.threshold=0"]}
+UNARIES = {"_attention": []} | {
+    f"_k{k}_d{d}_{len(sizes)}": [
+        "make_labels.unary=logits", f"make_labels.logit_scale={k}",
+        f"make_labels.logit_bias={d}", f"make_labels.sizes={sizes}"]
+    for k, d, sizes in ((0.3, 4, [1]), (0.3, 3, [1, 1.5, 2]),
+                        (0.3, 4, [1, 1.5, 2]), (0.3, 5, [1, 1.5, 2]),
+                        (0.15, 4, [1, 1.5, 2]), (0.6, 4, [1, 1.5, 2]))}
 FULL = ["eval.scales=[0.5, 0.75, 1, 1.5]", "eval.flip=true", "eval.crf=true"]
 
 
@@ -49,6 +57,9 @@ def study(name):
     if name == "length":
         return [(f"length_{n}", [*CHOOSE, f"train_cls.iterations={n}"], None,
                  {"": []}) for n in (2000, 4000)]
+    if name == "unaries":  # of a network of `length`
+        return [("length_2000", [*CHOOSE, "train_cls.iterations=2000"], None,
+                 UNARIES)]
     return [(f"{pooling}_{seed}",
              [*REPORT, f"run.seed={seed}", f"train_cls.pooling={pooling}"],
              None, ROWS) for seed in SEEDS for pooling in ("gap", "bap")]
@@ -177,7 +188,7 @@ def main(name, settings):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in (
-            "queries", "length", "labels", "segmenters", "nal"):
+            "queries", "length", "unaries", "labels", "segmenters", "nal"):
         sys.exit("usage: python benchmarks/voc2007.py queries | length | "
-                 "labels | segmenters | nal [key=value ...]")
+                 "unaries | labels | segmenters | nal [key=value ...]")
     main(sys.argv[1], sys.argv[2:])

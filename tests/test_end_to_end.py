@@ -356,7 +356,8 @@ def test_every_setting_of_stage_1_trains(spoilt, monkeypatch, argument):
     assert all(v.isfinite().all() for v in torch.load("runs/shapes/cls.pt", weights_only=True)["model"].values())
 
 
-@pytest.mark.parametrize("argument", ["u0=false", "cam_norm=class", "softmax=false", "threshold=0", "run.workers=1"])
+@pytest.mark.parametrize("argument", [
+    "u0=false", "cam_norm=class", "softmax=false", "threshold=0", "unary=logits", "run.workers=1"])
 def test_every_setting_of_stage_2_labels(spoilt, monkeypatch, argument):
     import make_labels
     shutil.rmtree("runs/shapes/labels")

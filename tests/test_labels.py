@@ -100,6 +100,42 @@ def test_unaries():
                 assert summed[:, y, x].tolist() == pytest.approx([v / sum(u) for v in u], rel=1e-3, abs=1e-3)
 
 
+def test_logits_as_unaries():
+    _, dense, weight, boxes, labels, outside = scene(1)
+    own, s = make_labels.unions(boxes, labels, [1, 2], (HEIGHT, WIDTH)), settings.MakeLabels(
+        logit_scale=0.5, logit_bias=2.0)
+    maps = torch.einsum("kc,cyx->kyx", weight[:3], dense)
+    result = make_labels.logit_probabilities(maps, own, s)
+    for y in range(HEIGHT):
+        for x in range(WIDTH):
+            inside = [any(c == label and x0 <= x < x1 and y0 <= y < y1 for (x0, y0, x1, y1), label in zip(
+                boxes.tolist(), labels.tolist())) for c in (1, 2)]
+            assert outside[y, x] != any(inside)
+            shares = [math.exp(0.5 * (dense[:, y, x] @ weight[0]).item())] + [
+                here * math.exp(0.5 * ((dense[:, y, x] @ weight[c]).item() + 2)) for c, here in zip((1, 2), inside)]
+            assert result[:, y, x].tolist() == pytest.approx([share / sum(shares) for share in shares], rel=1e-6)
+
+
+def test_logits_are_averaged_over_sizes():
+    """Each size as of an image that was resized by itself."""
+    torch.manual_seed(0)
+    network = models.BoxClassifier(2, "vgg16_bn", width=0.0625).eval()
+    image, w = torch.randint(0, 256, (3, 40, 57), dtype=torch.uint8), network.classifier.weight
+    config = settings.read("make_labels", ["sizes=[1, 1.5]"])
+    config.device, expected = torch.device("cpu"), 0
+    with torch.inference_mode():
+        found = make_labels.logits(config, network, image, w)
+        for height, width in ((40, 57), (60, 86)):
+            view = F.interpolate(image[None] / 255, (height, width), mode="bilinear")
+            features = network.features(view)
+            size = models.padded_size((height, width))
+            dense = F.interpolate(features, size, mode="bilinear", align_corners=True)[0, :, :height, :width]
+            maps = torch.einsum("kc,cyx->kyx", w, dense)
+            expected = expected + F.interpolate(maps[None], (40, 57), mode="bilinear")[0] / 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.std() > 0
+
+
 def labels_of(marginals, up, boxes, labels, weight):
     """Ycrf and Yret."""
     own = make_labels.unions(boxes, labels, [1, 2], (HEIGHT, WIDTH))

@@ -14,7 +14,7 @@ demo: .venv/installed
 	@echo "Next: $(PY) eval.py images=YOUR_PHOTOS, make voc2007, or your own images and boxes: docs/own_data.md"
 
 # make voc, make voc2007: the whole method on PASCAL VOC 2012 or 2007, and its scores beside the paper's. The same
-# command goes on where it was stopped. CONFIG=FILE chooses other settings.
+# command resumes an interrupted run. CONFIG=FILE chooses other settings.
 voc: YEAR = 2012
 voc: CONFIG ?= configs/voc_vgg16.yaml
 voc2007: YEAR = 2007

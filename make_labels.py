@@ -47,7 +47,8 @@ def unions(boxes: Tensor, labels: Tensor, classes: list[int],
     """The union of each class's boxes: (len(classes), H, W) bool."""
     inside = torch.zeros(len(classes), *size, dtype=torch.bool)
     for box, label in zip(boxes.tolist(), labels.tolist()):
-        inside[(classes.index(label), *models.box_slices(box))] = True
+        where = (classes.index(label), *models.box_slices(box))
+        inside[where] = True
     return inside
 
 

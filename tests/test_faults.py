@@ -16,7 +16,10 @@ import torch
 from conftest import ROOT
 from conftest import script as run_script
 
+import datasets
 import models
+import runs
+import settings
 from tools.shapes import SHAPES, make_shapes
 
 SMALL = ["train_cls.iterations=8", "train_cls.batch=2", "train_cls.crop=65", "train_cls.width=0.0625",
@@ -212,3 +215,44 @@ def test_a_second_process_is_told_who_writes_to_the_run(folder):
     for second in stages:
         done = command(second, *options, cwd=folder)
         assert done.returncode == 0, done.stderr
+
+
+READS = {  # what reads -> a file of the run or the data
+    "weights": lambda file: models.read_file(file),
+    "checkpoint": lambda file: runs.read_checkpoint(file),
+    "network": lambda file: models.load(file),
+    "json": lambda file: runs.read_json(file),
+    "settings": lambda file: settings.read("eval", [str(file)]),
+    "image": lambda file: datasets.read_image(file),
+    "mask": lambda file: datasets.read_mask(file, 7),
+    "annotation": lambda file: datasets.read_annotation(file, SHAPES),
+    "list": lambda file: datasets.read_list(file.parents[2], file.stem)}
+FILES = {"weights": "runs/shapes/cls.pt", "checkpoint": "runs/shapes/cls.pt", "network": "runs/shapes/cls.pt",
+         "json": "x.json", "settings": "x.yaml", "image": "data/shapes/JPEGImages/shapes_00000.jpg",
+         "mask": "data/shapes/SegmentationClassAug/shapes_00000.png",
+         "annotation": "data/shapes/Annotations/shapes_00000.xml",
+         "list": "data/shapes/ImageSets/Segmentation/train.txt"}
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"),
+                                   MemoryError()], ids=["permission", "device", "memory"])
+@pytest.mark.parametrize("kind", READS)
+def test_a_file_that_cannot_be_read_just_now_is_not_called_broken(work, monkeypatch, kind, fault):
+    """Python's own error comes through, and the file stays."""
+    (work / "x.json").write_text("{}")
+    (work / "x.yaml").write_text("run: {seed: 1}")
+    file = work / FILES[kind]
+    before = file.read_bytes()
+    READS[kind](file)
+
+    def failing(path, *arguments, real=open, **options):
+        if str(path) == str(file):
+            raise fault
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", failing)
+        patch.setattr("io.open", failing)
+        with pytest.raises(type(fault)) as raised:
+            READS[kind](file)
+    assert raised.value is fault and file.read_bytes() == before

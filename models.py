@@ -500,6 +500,9 @@ def git_blob(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+READ: dict[str, str] = {}  # file -> SHA-256 of what read_file last read there
+
+
 def read_file(source: PathLike) -> Any:
     """What torch.save wrote. A fault of the machine is Python's own error."""
     try:
@@ -507,6 +510,7 @@ def read_file(source: PathLike) -> Any:
     except (FileNotFoundError, IsADirectoryError):
         raise WeightsError(f"{source}: no such file; weights is imagenet, "
                            "caffe, none or a file") from None
+    READ[os.path.abspath(source)] = hashlib.sha256(content).hexdigest()
     try:
         return torch.load(
             io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -259,9 +259,14 @@ def save(path: Path, content: dict) -> None:
 
 
 def digest(*paths: Path) -> str | None:
-    """A hash of the files' content; None where the first is no file."""
+    """A hash of the files' content; None where the first is no file. Of a
+    file of weights: as it was when it was read, since it may be another now.
+    """
     if not paths or not paths[0].is_file():
         return None
+    read = models.READ.get(os.path.abspath(paths[0]))
+    if read:
+        return read[:12]
     content = hashlib.sha256()
     for path in paths:
         content.update(path.read_bytes())

@@ -1,4 +1,5 @@
 """Files of a run, and its worker processes."""
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import datasets
+import models
 import runs
 import settings
 from settings import UsageError
@@ -76,6 +78,18 @@ def test_outdated_files_are_discarded_or_refused(tmp_path):
     (tmp_path / "labels" / "made_with.json").write_text("{")
     with pytest.raises(UsageError, match="not what this program wrote"):
         opened(tmp_path)
+
+
+def test_the_checkpoint_that_was_read_is_remembered(tmp_path):
+    """Not another one, that replaced it meanwhile."""
+    path = tmp_path / "cls.pt"
+    torch.save({"a": 1}, path)
+    read = hashlib.sha256(path.read_bytes()).hexdigest()
+    models.read_file(path)
+    torch.save({"a": 2}, path)
+    opened(tmp_path)
+    made_with = json.loads((tmp_path / "labels/made_with.json").read_text())
+    assert made_with["cls.pt"] == read[:12]
 
 
 def test_labels_behind_a_link_to_another_disk_stay_there(tmp_path):

@@ -266,6 +266,15 @@ def resume(config: SimpleNamespace, partial: Path, made_with: dict,
 
 # -------------------------------------------------------------------- scores
 
+def resized(image: Tensor, scale: float) -> Tensor:
+    """image (3, H, W) uint8 -> (1, 3, scale H, scale W) in [0, 1]."""
+    view = image[None].float() / 255
+    if scale == 1:
+        return view
+    size = [max(1, round(scale * side)) for side in image.shape[1:]]
+    return F.interpolate(view, size, mode="bilinear", align_corners=False)
+
+
 @torch.inference_mode()
 def predict(network: models.Network, image: Tensor,
             scales: Sequence[float] = (1,), flip: bool = False) -> Tensor:
@@ -274,11 +283,7 @@ def predict(network: models.Network, image: Tensor,
     """
     size, views = image.shape[1:], []
     for scale in scales:
-        view = image[None].float() / 255
-        if scale != 1:
-            scaled = [max(1, round(scale * side)) for side in size]
-            view = F.interpolate(view, scaled, mode="bilinear",
-                                 align_corners=False)
+        view = resized(image, scale)
         if flip:
             view = torch.cat((view, view.flip(3)))
         cosine = network(view.contiguous(memory_format=torch.channels_last))

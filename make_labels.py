@@ -112,16 +112,15 @@ def upsampled(config: SimpleNamespace, network: models.BoxClassifier,
 
 
 def logits(config: SimpleNamespace, network: models.BoxClassifier,
-           image: Tensor, w: Tensor) -> Tensor:
+           image: Tensor, up: models.Upsampled, w: Tensor) -> Tensor:
     """w . f of each pixel of an image (3, H, W) uint8, (rows of w, H, W): the
-    mean over the image at several sizes.
+    mean over the image at several sizes. up: its features at its own size.
     """
     maps = []
     for scale in config.make_labels.sizes:
-        size = [max(1, round(scale * side)) for side in image.shape[1:]]
-        view = F.interpolate(image[None].float() / 255, size, mode="bilinear",
-                             align_corners=False)
-        dot = upsampled(config, network, view[0]).dot(w)
+        view = engine.resized(image, scale)[0]
+        at_size = up if scale == 1 else upsampled(config, network, view)
+        dot = at_size.dot(w)
         maps.append(F.interpolate(dot[None], image.shape[1:], mode="bilinear",
                                   align_corners=False)[0])
     return torch.stack(maps).mean(0)
@@ -151,7 +150,7 @@ def unaries(config: SimpleNamespace, network: models.BoxClassifier,
     cams = activation_maps(up, w, boxes, labels, classes, s)
     own = unions(boxes, labels, classes, size)
     if s.unary == "logits":
-        maps = logits(config, network, image, w[[0, *classes]])
+        maps = logits(config, network, image, up, w[[0, *classes]])
         probabilities = logit_probabilities(maps, own.to(device), s)
     else:
         probabilities = to_probabilities(attention, cams, outside, s)

@@ -494,9 +494,9 @@ def in_workers(config: SimpleNamespace, dataset: Any,
     if "batch_sampler" not in options:
         options["batch_size"] = None
     if workers:
-        crops = [len(batch) for batch in options.get("batch_sampler", [[0]])]
+        batch = next(iter(options.get("batch_sampler", ())), [0])
         options["prefetch_factor"] = batches_ahead(
-            workers, max(crops, default=1) * bytes_of(dataset[0]))
+            workers, len(batch) * bytes_of(dataset[0]))
     return DataLoader(dataset, num_workers=workers,
                       worker_init_fn=begin_worker, **options)
 

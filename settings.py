@@ -173,7 +173,8 @@ LEAST = dict(
     crop=9, width=0.01, scale=0.01, jitter=0, lr=0, new_lr=0, momentum=0,
     decay=0, warmup=0, poly=0, grid=1, bins=1, pictures=0, panels=0,
     max_side=9, val_images=0, val_every=1,
-    scales=0.01, sizes=0.01, crf_bilateral=0.1, crf_gaussian=0.1, crf_iterations=1)
+    scales=0.01, sizes=0.01, crf_bilateral=0.1, crf_gaussian=0.1,
+    crf_iterations=1)
 # What yaml raises; the last five for a tag such as !!int x, or too deep.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError,
             AttributeError, RecursionError)

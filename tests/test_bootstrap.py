@@ -9,6 +9,7 @@ from conftest import ROOT
 import datasets
 from tools.shapes import make_shapes
 
+pytest.importorskip("scipy")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bootstrap  # noqa: E402
 
@@ -17,9 +18,9 @@ def test_two_images():
     """One image is all right, in the other nothing is: of two draws, 2, 1 or 0 are of the first one, with 1/4, 1/2
     and 1/4. Label 1 is nowhere."""
     right, wrong = np.array([[4, 0, 0], [0, 0, 0]]), np.array([[0, 0, 4], [0, 0, 0]])
-    whole, drawn = bootstrap.differences([np.stack((right, wrong))], [np.stack((wrong, wrong))], 4000)
+    whole, result = bootstrap.bootstrap([np.stack((right, wrong))], [np.stack((wrong, wrong))], ["a", "b"], 4000)
     assert whole == 50
-    values, counts = np.unique(drawn, return_counts=True)
+    values, counts = np.unique(result.bootstrap_distribution, return_counts=True)
     assert values.tolist() == [0, 50, 100]
     for count, share in zip(counts, (1 / 4, 1 / 2, 1 / 4)):
         assert abs(count - 4000 * share) < 5 * math.sqrt(4000 * share * (1 - share))

@@ -6,8 +6,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-from tools import compare
-
 
 @pytest.fixture
 def runs(tmp_path):
@@ -66,8 +64,3 @@ def test_differences_seed_by_seed(runs):
 def test_what_cannot_be_compared_is_one_line(runs, arguments, words):
     done = command(runs, *arguments)
     assert done.returncode == 2 and done.stderr == f"{words}\n" and not done.stdout
-
-
-def test_quantiles():
-    stats = pytest.importorskip("scipy.stats")
-    assert compare.T == [round(float(stats.t.ppf(0.975, k)), 3) for k in range(1, 31)]

@@ -124,7 +124,8 @@ def test_logits_are_averaged_over_sizes():
     config = settings.read("make_labels", ["sizes=[1, 1.5]"])
     config.device, expected = torch.device("cpu"), 0
     with torch.inference_mode():
-        found = make_labels.logits(config, network, image, w)
+        up = make_labels.upsampled(config, network, image)
+        found = make_labels.logits(config, network, image, up, w)
         for height, width in ((40, 57), (60, 86)):
             view = F.interpolate(image[None] / 255, (height, width), mode="bilinear")
             features = network.features(view)

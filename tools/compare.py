@@ -5,22 +5,16 @@ deviation and 95 % t interval.
 
 METHOD is a key of runs/RUN/eval.json, such as "val, plain"; or a list and a
 kind of labels, such as "val, Ycrf", of runs/RUN/labels/scores.json. The runs
-differ in their seed alone, if the interval is to be one over seeds. After
+differ in their seed alone, if the interval is to be one over seeds (it needs
+scipy). After
 minus come as many runs of the same seeds, in the same order: the table is of
 the differences, seed by seed.
 """
 import json
 import sys
 from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
-
-# 97.5 % of Student's t with 1, 2, ..., 30 degrees of freedom lies below these.
-T = [float(value) for value in (
-    "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 "
-    "2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093 2.086 "
-    "2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042").split()]
 
 
 def read_scores(run: Path) -> dict[str, dict]:
@@ -40,7 +34,8 @@ def row(name: str, values: Sequence[float | None]) -> str:
     cells = ["-" if v is None else f"{v:.1f}" for v in values]
     known = [v for v in values if v is not None]
     if 1 < len(known) == len(values):
-        half = T[min(len(known) - 1, 30) - 1] * stdev(known) / sqrt(len(known))
+        from scipy import stats
+        half = stats.t.ppf(0.975, len(known) - 1) * stats.sem(known)
         cells += [f"{mean(known):.2f}", f"{stdev(known):.2f}", f"± {half:.2f}"]
     elif len(values) > 1:
         cells += ["-"] * 3

@@ -508,8 +508,8 @@ def read_file(source: PathLike) -> Any:
     try:
         content = Path(source).read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise WeightsError(f"{source}: no such file; weights is imagenet, "
-                           "caffe, none or a file") from None
+        raise WeightsError(f"{source}: no such file; name another, or to "
+                           "train imagenet, caffe or none") from None
     READ[os.path.abspath(source)] = hashlib.sha256(content).hexdigest()
     try:
         return torch.load(

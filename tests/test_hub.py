@@ -27,7 +27,7 @@ def save(path, network, labels):
 @pytest.mark.parametrize("name, kind, file, labels", [
     ("segmenter", models.DeepLab, "voc2007_seg.pth", 3), ("classifier", models.BoxClassifier, "voc2007_cls.pth", 2)])
 def test_networks_of_the_repository(hub, tmp_path, name, kind, file, labels):
-    with pytest.raises(ValueError, match=f"weights/{file}: no such file; path=FILE names") as fault:
+    with pytest.raises(ValueError, match=f"weights/{file}: no such file; name another") as fault:
         hub(name)
     assert "\n" not in str(fault.value)
     made = kind(labels, "vgg16", width=0.0625).eval()

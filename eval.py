@@ -192,11 +192,9 @@ def main(config: SimpleNamespace) -> None:
                          "eval.split or eval.images")
     if s.labels:
         return score_labels(config, split)
-    network = models.DeepLab(
-        1 + len(data.classes), config.train_seg.backbone,
-        width=config.train_seg.width)
-    network = runs.load_network(config, "seg.pt", network, config.train_seg,
-                                s.weights)
+    network = runs.load_network(
+        config, "seg.pt", models.DeepLab, config.train_seg, s.weights,
+        () if s.images else data.classes)
     dataset: Photos | datasets.VOCDataset
     if s.images:
         dataset = Photos(s.images, s.max_side)
@@ -216,7 +214,7 @@ def main(config: SimpleNamespace) -> None:
     runs.barrier()
     if s.images:
         if runs.rank() == 0:
-            pictures.write_overlays(dataset.paths, folder)
+            pictures.write_overlays(dataset.paths, folder, network.classes)
         return
     if engine.true_masks(config, split):
         report(config, split, folder, network.chosen)

@@ -267,11 +267,8 @@ def score_split(config: SimpleNamespace, split: str,
 
 def main(config: SimpleNamespace) -> None:
     s, data = config.make_labels, config.data
-    network = models.BoxClassifier(
-        len(data.classes), config.train_cls.backbone,
-        width=config.train_cls.width)
-    network = runs.load_network(config, "cls.pt", network, config.train_cls,
-                                s.weights)
+    network = runs.load_network(config, "cls.pt", models.BoxClassifier,
+                                config.train_cls, s.weights, data.classes)
     splits = s.splits or [split for split in (data.train, data.val) if split]
     # All are opened first, so that a fault ends this before the work.
     lists = {split: datasets.VOCDataset(data.root, split, data.classes)

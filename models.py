@@ -683,6 +683,13 @@ class Network(nn.Module):
         """The mean colour, 0..255: images are padded with it."""
         return [round(255 * v) for v in self.mean.flatten().tolist()]
 
+    def keep_classes(self, classes: Sequence[str]) -> None:
+        """From now on labels 1, 2, ... are these of its classes."""
+        rows = [0, *(1 + self.classes.index(name) for name in classes)]
+        weight = self.classifier.weight.detach()[rows]
+        self.classifier.weight = nn.Parameter(weight)
+        self.classes = list(classes)
+
     def train(self, mode=True):
         super().train(mode)
         for m in self.modules():
@@ -770,15 +777,26 @@ def load(path: PathLike) -> BoxClassifier | DeepLab:
     """The network in a checkpoint, cls.pt or seg.pt, in evaluation mode. Its
     `classes` are the names of labels 1, 2, ...; 0 is the background.
     """
-    content = read_file(path)
+    return network_of(read_file(path), path)
+
+
+def network_of(content: Any, path: PathLike) -> BoxClassifier | DeepLab:
+    """As load, of what read_file returned."""
     try:
         made, classes = content["network"], content["classes"]
         kind = dict(BoxClassifier=BoxClassifier, DeepLab=DeepLab)[made["kind"]]
-        backbone, width = made["backbone"], made["width"]
-    except (LookupError, TypeError):
+        named = all(isinstance(name, str) for name in classes)
+        if not isinstance(classes, list) or not named:
+            raise TypeError
+        if not 0.01 <= made["width"] <= 10:
+            raise ValueError
+        labels = len(classes) + (kind is DeepLab)
+        network = kind(labels, made["backbone"], width=made["width"])
+    except WeightsError as fault:
+        raise WeightsError(f"{path}: {fault}") from None
+    except (LookupError, TypeError, AttributeError, ValueError):
         raise WeightsError(f"{path}: not a cls.pt or seg.pt") from None
-    labels = len(classes) + (kind is DeepLab)
-    network = kind(labels, backbone, width=width)
     copy_state(network, state_of(content, path), path)
-    network.classes, network.chosen = classes, content.get("chosen", "")
+    network.classes = classes
+    network.chosen = content.get("chosen", "")
     return network.eval()

@@ -54,9 +54,10 @@ def heat_map(image: np.ndarray, heat: np.ndarray) -> Image.Image:
     return Image.fromarray(((grey + colours) / 2).astype(np.uint8))
 
 
-def write_overlays(paths: dict[str, Path], folder: Path) -> None:
+def write_overlays(paths: dict[str, Path], folder: Path,
+                   classes: Sequence[str]) -> None:
     """NAME_overlay.png beside each NAME.png: the photograph, with the labels'
-    colours over the objects.
+    colours over the objects. classes: the names of labels 1, 2, ...
     """
     written = [name for name in paths if (folder / f"{name}.png").exists()]
     for name in written:
@@ -69,7 +70,8 @@ def write_overlays(paths: dict[str, Path], folder: Path) -> None:
             file += "_"
         datasets.write(folder / f"{file}.png",
                        datasets.png(Image.fromarray(overlay)))
-    print(f"{folder}: labels and overlays of {len(written)} photographs")
+    print(f"{folder}: labels and overlays of {len(written)} photographs, "
+          f"{', '.join(f'{k} {name}' for k, name in enumerate(classes, 1))}")
 
 
 def panel(config: SimpleNamespace, name: str, path: Path,

@@ -443,34 +443,35 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
-def load_network(config: SimpleNamespace, name: str, network: AnyNetwork,
-                 s: settings.Training, weights: str = "") -> AnyNetwork:
-    """Loads runs/NAME/cls.pt or seg.pt into a network, in evaluation mode;
-    or the file `weights`: a checkpoint of another run, or a state dict in
-    the names of the authors' code. A checkpoint's backbone and classes must
-    be those of the settings.
+def load_network(config: SimpleNamespace, name: str,
+                 kind: type[AnyNetwork], s: settings.Training,
+                 weights: str = "",
+                 classes: Sequence[str] = ()) -> AnyNetwork:
+    """The network in runs/NAME/cls.pt or seg.pt, in evaluation mode; or in
+    the file `weights`: a checkpoint of another run, or a state dict in the
+    names of the authors' code, of the settings' backbone and data.classes.
+    classes: those that its labels 1, 2, ... shall be; by default, all.
     """
     path = Path(weights) if weights else config.path / name
     content = models.read_file(path) if weights else read_checkpoint(path)
-    if isinstance(content, dict) and (not weights or "model" in content):
-        here = description(network, s)
-        found, classes = content.get("network"), content.get("classes")
-        if found != here:
-            raise UsageError(f"{path}: holds the network "
-                             f"{reprlib.repr(found)}, but the settings say "
-                             f"{here}")
-        if classes != list(config.data.classes):
-            raise UsageError(f"{path}: was trained on the classes "
-                             f"{reprlib.repr(classes)}, not on data.classes")
-        network.chosen = content.get("chosen", "")
-    state = models.state_of(content, path)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError:
-        raise UsageError(
-            f"{path}: not the weights of a {type(network).__name__} of "
-            f"{s.backbone}; set weights or backbone") from None
-    network = network.eval().to(config.device)
+    network: models.Network
+    if not weights or isinstance(content, dict) and "network" in content:
+        network = models.network_of(content, path)
+    else:
+        labels = len(config.data.classes) + (kind is models.DeepLab)
+        network = kind(labels, s.backbone, width=s.width).eval()
+        models.copy_state(network, models.state_of(content, path), path)
+        network.classes = list(config.data.classes)
+    if not isinstance(network, kind):
+        raise UsageError(f"{path}: a {type(network).__name__}, not a "
+                         f"{kind.__name__}, which {MADE_BY[name]} makes")
+    unknown = [name for name in classes if name not in network.classes]
+    if unknown:
+        raise UsageError(f"{path}: does not know {', '.join(unknown)}, only "
+                         f"{', '.join(network.classes)}; correct data.classes")
+    if classes:
+        network.keep_classes(classes)
+    network.to(config.device)
     return network.to(memory_format=torch.channels_last)
 
 

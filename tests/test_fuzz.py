@@ -97,16 +97,17 @@ def test_mutated_settings(tmp_path):
 
 
 def checkpoint():
-    network = torch.nn.Linear(2, 3)
-    return dict(network=dict(kind="Linear", backbone="vgg16_bn", width=0.25),
+    network = models.BoxClassifier(1, "vgg16_bn", width=0.01)
+    return dict(network=dict(kind="BoxClassifier", backbone="vgg16_bn",
+                             width=0.01),
                 classes=["a"], settings={}, model=network.state_dict())
 
 
 def load(folder):
     config = settings.read("make_labels", ["data.root=x", "data.classes=[a]"])
     config.path, config.device = folder, torch.device("cpu")
-    runs.load_network(config, "cls.pt", torch.nn.Linear(2, 3),
-                      config.train_cls)
+    runs.load_network(config, "cls.pt", models.BoxClassifier,
+                      config.train_cls, classes=config.data.classes)
 
 
 def test_mutated_checkpoints(tmp_path):
@@ -133,7 +134,7 @@ def test_checkpoints_of_other_types(tmp_path, key):
         assert refusal(lambda: load(tmp_path), "cls.pt")
     for value in SWAPS:
         content = copy.deepcopy(checkpoint())
-        content["model"]["weight"] = value
+        content["model"]["classifier.weight"] = value
         torch.save(content, tmp_path / "cls.pt")
         assert refusal(lambda: load(tmp_path), "cls.pt")
 

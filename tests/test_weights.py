@@ -220,10 +220,10 @@ def authors(tmp_path_factory):
     return networks, file
 
 
-def loaded(script, tmp_path, network, file):
+def loaded(script, tmp_path, kind, file):
     config = settings.read(script, ["data.root=x", "run.device=cpu"])
     config.path, config.device = tmp_path, torch.device("cpu")
-    return runs.load_network(config, "none.pt", network, settings.TrainCls(), str(file))
+    return runs.load_network(config, "none.pt", kind, settings.TrainCls(), str(file))
 
 
 def pictures(*size):
@@ -237,7 +237,7 @@ def close(ours, theirs):
 
 def test_a_classifier_in_the_authors_names(tmp_path, authors):
     networks, file = authors
-    ours = loaded("make_labels", tmp_path, models.BoxClassifier(6), file)
+    ours = loaded("make_labels", tmp_path, models.BoxClassifier, file)
     images, boxes = pictures(65, 57), [torch.tensor([[8.0, 9, 40, 50], [0, 0, 30, 20]]), torch.zeros(0, 4)]
     with torch.no_grad():
         features = networks[1].features(caffe_colours(images))
@@ -250,7 +250,7 @@ def test_a_classifier_in_the_authors_names(tmp_path, authors):
 
 def test_a_segmenter_in_the_authors_names(tmp_path, authors):
     networks, file = authors
-    ours = loaded("eval", tmp_path, models.DeepLab(7), file)
+    ours = loaded("eval", tmp_path, models.DeepLab, file)
     with torch.no_grad():
         close(ours(pictures(65, 57)), networks[12].cosine(caffe_colours(pictures(65, 57))))
 
@@ -344,13 +344,15 @@ def test_files_that_scripts_refuse(tmp_path, authors):
     make_shapes(tmp_path / "data/shapes", train=2, val=1)
     assert "nowhere.pth: no such file" in refused_line("eval", "weights=nowhere.pth", cwd=tmp_path)
     line = refused_line("eval", f"weights={file}", "data.classes=[bar, ring]", "train_seg.weights=none", cwd=tmp_path)
-    assert "theirs.pth: not the weights of a DeepLab" in line and "DeepLab" in line
+    assert "theirs.pth: weights of another network" in line
     network = models.BoxClassifier(2, width=0.0625)
     torch.save(dict(network=dict(kind="BoxClassifier", backbone="vgg16", width=0.0625),
                     classes=["a", "b"], model=network.state_dict()),
                tmp_path / "cls.pt")
-    line = refused_line("make_labels", "weights=cls.pt", "train_cls.width=0.0625", cwd=tmp_path)
-    assert "cls.pt: was trained on the classes" in line
+    line = refused_line("make_labels", "weights=cls.pt", cwd=tmp_path)
+    assert line.endswith("cls.pt: does not know bar, ring, cross, crescent, vee, wave, only a, b; correct data.classes")
+    line = refused_line("eval", "weights=cls.pt", cwd=tmp_path)
+    assert "cls.pt: a BoxClassifier, not a DeepLab, which train_seg.py makes" in line
     assert not (tmp_path / "runs").exists()
 
 

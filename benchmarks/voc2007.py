@@ -7,8 +7,8 @@ thread each.
                  feature cell, or a whole one
     length       stage 1 with 16,000 and with 32,000 crops
     unaries      the classifier's logits instead of {u0, u_c}: k, d, sizes
-    labels       average pooling and BAP, three seeds, with and without u0
-                 and its threshold
+    labels       average pooling and BAP, three seeds; BAP with and without
+                 u0 and its threshold
     segmenters   losses and labels of stage 3, three seeds: needs the labels
     nal          the noise-aware loss and cross-entropy, five seeds more
 
@@ -41,38 +41,47 @@ UNARIES = {"_attention": []} | {
     for k, d, sizes in ((0.3, 4, [1]), (0.3, 3, [1, 1.5, 2]),
                         (0.3, 4, [1, 1.5, 2]), (0.3, 5, [1, 1.5, 2]),
                         (0.15, 4, [1, 1.5, 2]), (0.6, 4, [1, 1.5, 2]))}
+# Each checkpoint stays, as seg_ITERATION.pt, for benchmarks/sigma.py.
+KEEP = """
+save = runs.save
+def save_and_keep(path, content):
+    save(path, content)
+    if "iteration" in content:
+        save(path.with_name(f"seg_{content['iteration']}.pt"), content)
+runs.save = save_and_keep
+"""
 FULL = ["eval.scales=[0.5, 0.75, 1, 1.5]", "eval.flip=true", "eval.crf=true"]
 
 
 # ---------------------------------------------------------------- classifiers
 
 def study(name):
-    """A study's classifiers, in order: (name of the run, its settings,
-    models.LEAST_QUERY or None, rows of labels)."""
+    """A study's classifiers, in order: (name of the run, its settings, rows
+    of labels, what stage is given as `before`)."""
     if name == "queries":
         return [(f"queries_{kind}_{seed}",
                  [*CHOOSE, f"run.seed={seed}", "train_cls.iterations=250"],
-                 least, {"": []})
+                 {"": []}, f"models.LEAST_QUERY = {least}")
                 for seed in SEEDS for kind, least in QUERIES.items()]
     if name == "length":
-        return [(f"length_{n}", [*CHOOSE, f"train_cls.iterations={n}"], None,
-                 {"": []}) for n in (2000, 4000)]
+        return [(f"length_{n}", [*CHOOSE, f"train_cls.iterations={n}"],
+                 {"": []}, "") for n in (2000, 4000)]
     if name == "unaries":  # of a network of `length`
-        return [("length_2000", [*CHOOSE, "train_cls.iterations=2000"], None,
-                 UNARIES)]
+        return [("length_2000", [*CHOOSE, "train_cls.iterations=2000"],
+                 UNARIES, "")]
     return [(f"{pooling}_{seed}",
              [*REPORT, f"run.seed={seed}", f"train_cls.pooling={pooling}"],
-             None, ROWS) for seed in SEEDS for pooling in ("gap", "bap")]
+             rows, "") for seed in SEEDS
+            for pooling, rows in (("gap", {"": []}), ("bap", ROWS))]
 
 
-def stage(script, run, settings, least=None):
-    """One script of one run; its output goes to the run's log. Ends this
-    program if the script fails."""
+def stage(script, run, settings, before=""):
+    """One script of one run, after the statement `before`; its output goes
+    to the run's log. Ends this program if the script fails."""
     folder = Path("runs", f"voc2007_{run}")
     folder.mkdir(parents=True, exist_ok=True)
-    constant = f"models.LEAST_QUERY = {least}; " if least else ""
-    code = (f"import sys; sys.path[0] = {str(ROOT)!r}; import models; "
-            f"{constant}import runs, {script} as s; "
+    code = (f"import sys; sys.path[0] = {str(ROOT)!r}\n"
+            f"import models, runs, {script} as s\n{before}\n"
             f"runs.launch({script!r}, s.main)")
     arguments = [str(ROOT / "configs/voc2007.yaml"), *settings,
                  f"run.name={folder.name}", "run.workers=0"]
@@ -86,21 +95,21 @@ def stage(script, run, settings, least=None):
                  f"{done.returncode}")
 
 
-def classify(run, settings, least, rows):
+def classify(run, settings, rows, before):
     """A classifier, and at once the labels of each row that it makes: it has
     its scores before another begins."""
-    stage("train_cls", run, settings, least)
+    stage("train_cls", run, settings, before)
     for row, changes in rows.items():
         weights = [f"make_labels.weights=runs/voc2007_{run}/cls.pt"]
         stage("make_labels", run + row,
-              settings + changes + (weights if row else []), least)
+              settings + changes + (weights if row else []), before)
 
 
 def table_of_labels(classifiers):
     """mIoU of each run's labels on each list that it scored."""
     print("| run | list | images | box | Ycrf | Yret |\n"
           "|---|---|---|---|---|---|")
-    for run in (run + row for run, _, _, rows in classifiers for row in rows):
+    for run in (run + row for run, _, rows, _ in classifiers for row in rows):
         path = Path("runs", f"voc2007_{run}", "labels/scores.json")
         for split, scores in json.loads(path.read_text()).items():
             cells = " | ".join(f"{scores[kind]['miou']:.1f}"
@@ -127,9 +136,12 @@ def segmenters(seed):
 
 
 def segment(seed, row, changes):
-    run = f"{row}_{seed}"
+    run, before = f"{row}_{seed}", ""
     settings = [f"run.seed={seed}", "eval.panels=0", *changes]
-    stage("train_seg", run, settings)
+    if run == "nal_0":
+        settings.append("run.save_every=300")
+        before = KEEP
+    stage("train_seg", run, settings, before)
     stage("eval", run, settings)
     stage("eval", run, settings + FULL)
 
@@ -182,7 +194,7 @@ def main(name, settings):
         list(pool.map(lambda c: classify(c[0], c[1] + settings, *c[2:]),
                       classifiers))
     table_of_labels(classifiers)
-    gather(name, [f"runs/voc2007_{run}{row}" for run, _, _, rows in classifiers
+    gather(name, [f"runs/voc2007_{run}{row}" for run, _, rows, _ in classifiers
                   for row in rows])
 
 

@@ -304,7 +304,8 @@ def test_a_stage_whose_input_is_missing_names_the_command_that_makes_it(spoilt, 
 
 
 def test_checkpoints_of_others(spoilt, capsys, monkeypatch):
-    assert "does not know wav, only" in refused("eval", capsys, monkeypatch, "data.classes=[bar, ring, cross, crescent, vee, wav]")
+    classes = "data.classes=[bar, ring, cross, crescent, vee, wav]"
+    assert "does not know wav, only" in refused("eval", capsys, monkeypatch, classes)
     Path("runs/shapes/seg.pt").write_bytes(b"nonsense")
     assert "not a checkpoint" in refused("eval", capsys, monkeypatch)
     shutil.copy("runs/shapes/cls.pt", "runs/shapes/seg.pt")

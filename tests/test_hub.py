@@ -1,11 +1,17 @@
-"""hubconf.py, as torch.hub.load takes it from a folder."""
+"""hubconf.py, as torch.hub.load takes it from a folder; and published networks in the scripts."""
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
+from PIL import Image
 
+import datasets
 import models
+from tools.shapes import SHAPES, make_shapes
 
 
 @pytest.fixture
@@ -42,3 +48,53 @@ def test_networks_of_the_repository(hub, tmp_path, name, kind, file, labels):
             found, expected = network(*inputs), made(*inputs)
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, atol=0.01, rtol=0.01)  # of 16 bits
+
+
+def test_a_published_network_labels_and_segments_under_any_settings(tmp_path):
+    """tools/half.py rounds a checkpoint to 16 bits; the scripts use it without a training, also with some of its
+    classes in another order, and for a photograph."""
+    make_shapes(tmp_path / "data/shapes", train=1, val=1)
+    torch.manual_seed(0)
+    networks = dict(cls=models.BoxClassifier(len(SHAPES), "vgg16_bn", width=0.0625),
+                    seg=models.DeepLab(1 + len(SHAPES), "vgg16_bn", width=0.0625))
+    for name, network in networks.items():
+        torch.nn.init.normal_(network.classifier.weight)
+        described = dict(kind=type(network).__name__, backbone="vgg16_bn", width=0.0625)
+        torch.save(dict(model=network.state_dict(), classes=list(SHAPES), network=described, settings={"a": "b"}),
+                   tmp_path / f"{name}.pt")
+        subprocess.run([sys.executable, ROOT / "tools/half.py", f"{name}.pt", f"half/{name}.pth"], cwd=tmp_path,
+                       check=True)
+        content = torch.load(tmp_path / f"half/{name}.pth")
+        assert set(content) == {"network", "classes", "model"}
+        for key, value in content["model"].items():
+            whole = network.state_dict()[key]
+            torch.testing.assert_close(value, whole.half() if whole.is_floating_point() else whole)
+
+    def succeeds(*arguments):
+        done = script(*arguments, "device=cpu", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # The default settings are of a network of another width.
+    picture, = (tmp_path / "data/shapes/JPEGImages").glob("*_00001.*")
+    said = succeeds("eval", "weights=half/seg.pth", f"images={picture}")
+    assert ", ".join(f"{k} {name}" for k, name in enumerate(SHAPES, 1)) in said
+    labels = np.array(Image.open(tmp_path / f"runs/shapes/pictures/plain/{picture.stem}.png"))
+    image = torch.from_numpy(datasets.read_image(picture).copy()).permute(2, 0, 1)
+    with torch.inference_mode():
+        expected = models.load(tmp_path / "half/seg.pth")(image[None])[0].argmax(0).numpy()
+    assert len(np.unique(labels)) > 1 and (labels == expected).mean() > 0.999
+
+    turned = SHAPES[::-1]
+    succeeds("make_labels", "weights=half/cls.pth", "splits=[val]", "crf_iterations=1")
+    succeeds("make_labels", "weights=half/cls.pth", "splits=[val]", "crf_iterations=1", "name=turned",
+             f"data.classes=[{', '.join(turned)}]")
+    for kind in "Ycrf", "Yret":
+        ours, theirs = (np.array(Image.open(tmp_path / f"runs/{run}/labels/{kind}/{picture.stem}.png"))
+                        for run in ("shapes", "turned"))
+        assert ours.any() and (np.where(theirs, len(SHAPES) + 1 - theirs, 0) == ours).all()
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"nothing")
+    done = subprocess.run([sys.executable, ROOT / "tools/half.py", broken, "out.pth"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"{broken}: not a file of weights")

@@ -1,0 +1,97 @@
+"""benchmarks/maps.py and sigma.py: their measures, counted pair by pair; and their tables, of small runs."""
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import datasets
+import losses
+import models
+import runs
+from tools.shapes import SHAPES, make_shapes
+
+pytest.importorskip("scipy")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import maps  # noqa: E402
+import sigma  # noqa: E402
+
+
+def counted(positive, negative):
+    """AUC, pair by pair."""
+    pairs = [(a > b) + (a == b) / 2 for a in positive for b in negative]
+    return sum(pairs) / len(pairs)
+
+
+def test_auc():
+    rng = np.random.default_rng(0)
+    values, positive = rng.integers(0, 9, 60) / 8, rng.random(60) < 0.3
+    assert maps.auc(values, positive) == pytest.approx(counted(values[positive], values[~positive]))
+
+
+def test_row_of_histograms():
+    counts = np.zeros((2, sigma.BINS), np.int64)
+    wrong, right = (100, 400, 700), (400, 900, 900, 950)
+    for row, bins in zip(counts, (wrong, right)):
+        np.add.at(row, list(bins), 1)
+    cells = sigma.row(1500, counts).strip("| ").split(" | ")
+    middle = [(bin + 0.5) / sigma.BINS for bin in (*wrong, *right)]
+    assert cells == ["1,500", f"{counted(right, wrong):.3f}",
+                     f"{np.mean(middle[3:]):.2f}", f"{np.mean(middle[:3]):.2f}",
+                     "75.0 %", "66.7 %", f"{100 * sum(middle[3:]) / sum(middle):.1f} %"]
+
+
+def test_sigma_is_that_of_the_loss():
+    """L_wce as the mean of -log H weighted by sigma is NAL without its first term."""
+    torch.manual_seed(0)
+    cosine, y_crf = torch.rand(1, 4, 5, 6) * 2 - 1, torch.randint(0, 4, (1, 5, 6))
+    weights = sigma.sigma_of(cosine[0], y_crf[0], 7)
+    ce = -(20 * cosine).log_softmax(1)[0].gather(0, y_crf)[0]
+    nowhere = (y_crf + 1) % 4
+    expected = losses.noise_aware_loss(cosine, y_crf, nowhere, weight=1.0)
+    torch.testing.assert_close((weights * ce).sum() / weights.sum(), expected)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_shapes("data/shapes", train=2, val=8)
+    return tmp_path
+
+
+def checkpoint(network, path):
+    runs.save(path, dict(network=dict(kind=type(network).__name__, backbone="vgg16", width=0.0625),
+                         classes=list(SHAPES), model=network.state_dict()))
+
+
+def test_table_of_maps(folder, capsys):
+    checkpoint(models.BoxClassifier(len(SHAPES), width=0.0625), folder / "cls.pt")
+    maps.main(str(ROOT / "configs/shapes.yaml"), "val", "cls.pt", "run.workers=0", "device=cpu")
+    lines = capsys.readouterr().out.splitlines()
+    pairs, *aucs = lines[2].split(" | ")[1:]
+    labels = [set(datasets.read_mask(f"data/shapes/SegmentationClassAug/{name}.png", 7).flat) - {0, 255}
+              for name in datasets.read_list("data/shapes", "val")]
+    assert int(pairs) == sum(map(len, labels)) and all(0 <= float(x.strip(" |")) <= 1 for x in aucs)
+    assert lines[3].endswith("| 0 | - | - | - |") and lines[4].split(" | ")[1:] == lines[2].split(" | ")[1:]
+
+
+def test_table_of_sigma(folder, capsys):
+    network = models.DeepLab(1 + len(SHAPES), width=0.0625)
+    checkpoint(network, folder / "runs/a/seg.pt")
+    torch.nn.init.normal_(network.classifier.weight)
+    runs.save(folder / "runs/a/seg_10.pt", dict(model=network.state_dict(), iteration=10))
+    truth = folder / "data/shapes/SegmentationClassAug"
+    counts = np.zeros(256, int)
+    for name in datasets.read_list("data/shapes", "val"):  # Yret misses labels 1 and 2, Ycrf takes 2 for 3
+        mask = datasets.read_mask(truth / f"{name}.png", 7)
+        counts += np.bincount(mask.ravel(), minlength=256)
+        datasets.write_mask(folder / f"crf/{name}.png", np.where(mask == 2, 3, mask))
+        datasets.write_mask(folder / f"ret/{name}.png", np.where(mask < 3, 0, mask))
+    assert counts[1] and counts[2]
+    sigma.main(str(ROOT / "configs/shapes.yaml"), "val", "crf", "ret", "a", "run.workers=0", "device=cpu")
+    said, differ = capsys.readouterr().out, counts[1] + counts[2]
+    assert f"agree on {100 * (1 - differ / counts[:255].sum()):.1f} %" in said and "right on 100.0 % of" in said
+    assert f"Ycrf is right on {100 * counts[1] / differ:.1f} %, Yret on 0.0 %" in said
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["10", "900"] and rows[0][1:] != rows[1][1:]

@@ -4,11 +4,13 @@ import difflib
 import io
 import math
 import os
+import shutil
 import struct
 import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,8 +154,7 @@ def write(path: PathLike, content: bytes | memoryview) -> None:
     """Writes a file atomically, and its folders. An OSError names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A killed process leaves it behind; the next try overwrites it.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -164,6 +165,32 @@ def write(path: PathLike, content: bytes | memoryview) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Removes those files and folders, called .NAME.PID.tmp, that a killed
+    process was writing."""
+    if os.name != "posix":
+        return  # os.kill would stop the process
+    for path in list(paths):
+        try:
+            os.kill(int(path.suffixes[-2][1:]), 0)  # only asks
+        except ProcessLookupError:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        except (ValueError, LookupError, PermissionError):
+            pass  # not such a name; another user's process, which lives
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill and to rename to it."""
+    remove_abandoned(path.parent.glob(f".{path.name}.*.tmp"))
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def png(image: Image.Image) -> bytes:

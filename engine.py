@@ -29,14 +29,15 @@ def autocast(config: SimpleNamespace) -> torch.autocast:
 
 def train(config: SimpleNamespace, script: str, network: models.Network,
           dataset: datasets.VOCDataset, objective: Callable,
-          inputs: dict[str, object], val: Subset | None = None) -> None:
+          inputs: Callable[[], dict], val: Subset | None = None) -> None:
     """Trains `network` and writes its checkpoint, cls.pt or seg.pt.
 
     objective(network, batch) -> dict of scalars over the whole batch, of
     which each rank holds a part (see runs.all_ranks): `loss`, which is
-    minimised, and others to log. inputs: what the result depends on besides
-    the settings, such as digests of files. val: images with a true mask that
-    are scored every s.val_every iterations and at the end.
+    minimised, and others to log. inputs() -> what the result depends on
+    besides the settings, such as digests of files; it must not change. val:
+    images with a true mask that are scored every s.val_every iterations and
+    at the end.
 
     Every save_every iterations NAME.partial receives all that is needed to
     resume; where it exists, the training resumes from it.
@@ -45,7 +46,8 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     path = config.path / {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
     partial = path.with_name(f"{path.name}.partial")
     best = path.with_stem(f"{path.stem}_best")
-    made_with = inputs | runs.settings_of(
+    inputs_before = inputs()
+    made_with = inputs_before | runs.settings_of(
         config, script, "data.train", "run.seed",
         without=("val_images", "val_every", "keep_best"))
     if runs.rank() == 0:
@@ -122,6 +124,10 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
                     **{key: v.state_dict() for key, v in parts.items()}))
 
     if runs.rank() == 0:
+        for name, value in inputs().items():
+            if value != inputs_before[name]:
+                raise UsageError(f"{name}: changed during the training; "
+                                 "start it again, with overwrite=true")
         runs.save(path, checkpoint())
         partial.unlink(missing_ok=True)
     runs.barrier()

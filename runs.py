@@ -221,6 +221,7 @@ def hold(config: SimpleNamespace) -> None:
                f"{' '.join(sys.argv)}")
     file.flush()
     locks.append(file)  # closing it would drop the lock
+    datasets.remove_abandoned(config.path.rglob(".*.tmp"))
 
 
 def lock(file: IO) -> None:
@@ -315,6 +316,7 @@ def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
             now = {"settings": settings | {"weights": digest(source)}}
         if folder.is_symlink():  # to another disk, where its files stay
             folder = folder.resolve()
+            datasets.remove_abandoned(folder.rglob(".*.tmp"))
         replace_if_changed(folder, now, config.run.overwrite)
         write_settings(config, script)
     barrier()

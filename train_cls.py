@@ -63,7 +63,7 @@ def main(config: SimpleNamespace) -> None:
         transform=datasets.training_transform(
             s.crop, network.fill, s.scale, s.jitter))
     engine.train(config, "train_cls", network, dataset, objective,
-                 inputs={"weights file": runs.digest(Path(s.weights))})
+                 lambda: {"weights file": runs.digest(Path(s.weights))})
 
 
 if __name__ == "__main__":

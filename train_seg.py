@@ -109,12 +109,15 @@ def main(config: SimpleNamespace) -> None:
         cosine = network(batch["image"])
         return {"loss": segmentation_loss(s, cosine, y_crf, y_ret)}
 
-    label_files = [path for name in dataset.ids
-                   for path in dataset.mask_paths(name)]
-    engine.train(config, "train_seg", network, dataset, objective, inputs={
-        "data.masks": data.masks,
-        "content of labels": runs.digest(*label_files),
-        "weights file": runs.digest(Path(weights))}, val=scored_images(config))
+    def inputs():
+        files = [path for name in dataset.ids
+                 for path in dataset.mask_paths(name)]
+        return {"data.masks": data.masks,
+                "content of labels": runs.digest(*files),
+                "weights file": runs.digest(Path(weights))}
+
+    engine.train(config, "train_seg", network, dataset, objective, inputs,
+                 scored_images(config))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def train_tiny(path, losses, lr=0.1, **run):
     s.iterations, s.batch, s.weights, s.lr = 7, 2, "none", lr
     torch.manual_seed(0)
     network = Tiny()
-    engine.train(config, "train_cls", network, Noise(), losses, {})
+    engine.train(config, "train_cls", network, Noise(), losses, dict)
     return torch.load(path / "cls.pt", weights_only=True)["model"]
 
 

@@ -42,6 +42,20 @@ def folder(work, tmp_path):
     return tmp_path
 
 
+SEG = ["run.workers=0", "train_seg.iterations=2", "train_seg.width=0.0625", "train_seg.batch=2", "train_seg.crop=65",
+       "eval.panels=0"]
+
+
+@pytest.fixture
+def segmented(folder):
+    """A folder where every stage has run."""
+    for script in ("make_labels", "train_seg", "eval"):
+        done = command(script, *SEG, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "runs/shapes/predictions")
+    return folder
+
+
 def command(script, *arguments, cwd, before=(), preexec_fn=None):
     if not before and not preexec_fn:
         return run_script(script, *SMALL, *arguments, cwd=cwd)
@@ -113,6 +127,70 @@ def test_no_permission_to_read(folder):
     done = command("make_labels", "run.workers=0", cwd=folder, before=without_privilege())
     assert image.name in last_line(done) and "Permission denied" in last_line(done)
     assert "broken" not in done.stderr  # the machine's fault, not the file's
+
+
+@pytest.mark.parametrize("script, file", [
+    ("train_cls", "runs/shapes/cls.pt.partial"), ("train_cls", "data/shapes/Annotations/shapes_00000.xml"),
+    ("make_labels", "runs/shapes/cls.pt"), ("train_seg", "runs/shapes/labels/Yret/shapes_00000.png"),
+    ("train_seg", "runs/shapes/seg.pt.partial"), ("eval", "runs/shapes/seg.pt"),
+    ("eval", "data/shapes/SegmentationClassAug/shapes_00008.png")])
+def test_no_permission_to_read_in_any_stage(segmented, script, file):
+    """Nobody is told that a file is broken, or to delete it; with the permission back, the stage succeeds."""
+    path = segmented / file
+    if path.suffix == ".partial":
+        shutil.copy(path.with_suffix(""), path)
+    elif script.startswith("train"):
+        (segmented / f"runs/shapes/{script[6:]}.pt").unlink()
+    before, mode = path.read_bytes(), path.stat().st_mode
+    path.chmod(0)
+    done = command(script, *SEG, cwd=segmented, before=without_privilege())
+    line = last_line(done)
+    assert line.startswith("PermissionError: [Errno 13] Permission denied: ") and line.endswith(f"{file}'"), line
+    assert not any(word in done.stderr for word in ("broken", "delete", "remove", "overwrite"))
+    path.chmod(mode)
+    assert path.read_bytes() == before
+    if path.suffix != ".partial":
+        assert command(script, *SEG, cwd=segmented).returncode == 0
+
+
+def test_labels_that_change_while_they_are_learnt(segmented, monkeypatch):
+    """What the checkpoint says of its labels is what was read: a training on labels that another process rewrites
+    ends without one."""
+    import engine
+    import train_seg
+    file, read = segmented / "runs/shapes/labels/Ycrf/shapes_00000.png", engine.read_values
+
+    def read_and_replace(*arguments):
+        datasets.write_mask(file, 1 - datasets.read_mask(file, 7).clip(max=1))
+        return read(*arguments)
+
+    monkeypatch.chdir(segmented)
+    monkeypatch.setattr(engine, "read_values", read_and_replace)
+    (segmented / "runs/shapes/seg.pt").unlink()
+    config = settings.read("train_seg", [*SMALL, *SEG, "train_seg.iterations=1"])
+    config.device = torch.device("cpu")
+    with pytest.raises(settings.UsageError, match="content of labels: changed during the training; start it again"):
+        train_seg.main(config)
+    runs.locks.pop().close()
+    assert not (segmented / "runs/shapes/seg.pt").exists()
+
+
+def test_what_a_killed_process_was_writing_is_removed(folder):
+    """That of a process that lives stays."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    run = folder / "runs/shapes"
+    left, lives = run / f"labels/Ycrf/.a.png.{dead.pid}.tmp", run / f".x.{os.getpid()}.tmp"
+    part = folder / f"data/.more.{dead.pid}.tmp"
+    (part / "JPEGImages").mkdir(parents=True)
+    left.parent.mkdir(parents=True)
+    for file in (left, lives, part / "JPEGImages/x.jpg", run / ".odd.tmp"):
+        file.write_bytes(b"")
+    done = command("make_labels", "run.workers=0", "overwrite=true", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert not left.exists() and lives.exists() and (run / ".odd.tmp").exists() and part.exists()
+    make_shapes(folder / "data/more", train=1, val=1)
+    assert not part.exists()
 
 
 def begin(script, *arguments, cwd):

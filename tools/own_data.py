@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from datasets import VOC_CLASSES, VOID, DataError  # noqa: E402, I001
-from datasets import open_image, outside_boxes, palette, to_rgb, write_mask  # noqa: E402
+from datasets import open_image, outside_boxes, palette, temporary_folder, to_rgb, write_mask  # noqa: E402
 
 JPEG = ".jpg", ".jpeg"
 KEPT = {"JPEG": JPEG, "MPO": JPEG, "PNG": (".png",)}  # MPO: a phone's JPEG
@@ -668,9 +667,7 @@ def prepare(source, out, options):
     give_ids(export)
     name_classes(export, options.classes, dict(ChainMap(*options.rename)))
     export.colours = mask_colours(export)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        export.out = Path(folder, "out")
+    with temporary_folder(out) as export.out:
         return fill(export, out)
 
 

@@ -3,7 +3,6 @@ fill their boxes badly and have nearly the background's colour."""
 import argparse
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets import VOID, DataError, PathLike, write, write_mask
+from datasets import VOID, DataError, PathLike, temporary_folder, write, write_mask  # noqa: E402
 
 SHAPES = "bar", "ring", "cross", "crescent", "vee", "wave"
 # The k-th background suits the k-th shape.
@@ -163,10 +162,8 @@ def make_shapes(root: PathLike, train: int = 360, val: int = 120,
     root = Path(root)
     if root.exists():
         raise DataError(f"{root}: exists; remove it or name another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
     ids = [f"shapes_{number:05d}" for number in range(train + val)]
-    with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as part:
-        made = Path(part, root.name)
+    with temporary_folder(root) as made:
         (made / "JPEGImages").mkdir(parents=True)
         bar = tqdm(ids, "shapes", leave=False, disable=None)
         for number, name in enumerate(bar):

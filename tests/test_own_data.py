@@ -348,6 +348,18 @@ def test_splits_of_settings(run, file, text):
     assert "1 images in no list, left out" in text
 
 
+def test_splits_of_settings_that_are_not_all_there(run):
+    """The folders of those that no path leads to say theirs by their names."""
+    for name, split in zip("abc", ("train", "valid", "test")):
+        save(f"data/{split}/images/{name}.jpg", picture())
+        save(f"data/{split}/labels/{name}.txt", YOLO)
+    save("data/data.yaml", "train: ../train/images\nval: ../val/images\nnames: [thing]\n")
+    status, text = run()
+    lists = made()[1]
+    assert status == 0 and "1 val of data/data.yaml, which is not there: val/images" in text
+    assert {split: list(samples) for split, samples in lists.items()} == dict(train=["a"], val=["b"], test=["c"])
+
+
 def test_broken_texts_are_named_with_all_other_faults(run):
     yolo()
     save("data/a.yaml", "a: [")
@@ -401,6 +413,10 @@ def test_annotations_without_images_are_named(run):
     save("data/labels/lost.txt", YOLO)
     status, text = run()
     assert status == 2 and "data/labels/lost.txt: no image 'lost'" in text
+    save("data/labels/lost.txt", "")  # one without objects
+    save("data/notes.txt", "")
+    status, text = run()
+    assert status == 2 and "faults: 1\ndata/labels/lost.txt: no image 'lost'" in text
     shutil.rmtree("data")
     save("data/a.jpg", picture())
     save("data/c.json", coco([(1, "a.jpg", 96, 72), (2, "lost.jpg", 96, 72)],
@@ -841,7 +857,7 @@ def test_other_exports_are_named_in_a_line(run, name, content, tool):
     save(f"data/{name}", content)
     status, text = run()
     assert status == 2 and len(text.splitlines()) == 1 and text.startswith(f"data/{name}: ") and tool in text
-    assert "export VOC XML, COCO or YOLO" in text
+    assert ("labelme2voc.py" if tool == "LabelMe" else "COCO") in text
 
 
 @pytest.mark.parametrize("write, words", [

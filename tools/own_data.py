@@ -51,11 +51,18 @@ TURNS = {  # EXIF's quarter turns: where a box in a stored (w, h) goes
 CODE = [1 << 16, 1 << 8, 1]  # of a colour, a number
 COLOURS = (palette() @ CODE).tolist()
 LUMA = ((palette() @ [299, 587, 114] + 500) // 1000).tolist()
-FOREIGN = {  # what other tools' own files hold
-    "CVAT": b"<annotations>", "LabelMe": b'"imagePath"',
-    "VIA": b'regions"|region_shape|"_via_', "CreateML": b'"coordinates"',
-    "Label Studio": b"lead_time|annotation_id|completed_by|annotator",
-    "CSV": rb"\A[^\n{\[<]*[,;]"}
+FOREIGN = {  # what other tools' own files hold, and the way out
+    "CVAT": (b"<annotations>", "export the task as PASCAL VOC 1.1 or COCO 1.0"),
+    "LabelMe": (b'"imagePath"', "convert it with LabelMe's own "
+                "examples/bbox_detection/labelme2voc.py"),
+    "VIA": (b'regions"|region_shape|"_via_', "choose Annotation, Export "
+            "Annotations (COCO format) there"),
+    "CreateML": (b'"coordinates"', "export Pascal VOC or COCO from the tool "
+                 "that wrote it"),
+    "Label Studio": (b"lead_time|annotation_id|completed_by|annotator",
+                     "choose Export, Pascal VOC XML or COCO there"),
+    "CSV": (rb"\A[^\n{\[<]*[,;]", "export Pascal VOC, COCO or YOLO from the "
+            "tool that wrote it")}
 SIDES = "xmin", "ymin", "xmax", "ymax"
 ROTATED = "a rotated box; draw it upright"
 ROUNDING = 1e-6  # pixels
@@ -200,10 +207,13 @@ class Export:
 
 def read_each(export, ending, mark, parse):
     """parse(path, picture) of each file, an image's by its name. A file of no
-    image is a fault if it looks like an annotation."""
+    image is a fault if it looks like an annotation, or is empty among some."""
     named = {*export.named(ending)}
+    beside = {path.parent for path in named}
     for path in export.ending(ending):
-        if path in named or re.match(mark, path.read_bytes()):
+        content = path.read_bytes()
+        empty = not content.strip() and path.parent in beside
+        if path in named or empty or re.match(mark, content):
             with noted(export.faults, path):
                 picture = export.find(path.stem, path)
                 picture.annotate(path)
@@ -282,6 +292,8 @@ def names_in(path, export):
             place = value.replace("\\", "/").lstrip("./")
             if place and (path.parent / place).exists():
                 export.places.append((SPLITS[key], path.parent / place))
+            elif place:
+                export.notes[f"{key} of {path}, which is not there: {place}"] += 1
     refuse("kpt_shape" in content, "keypoints; export boxes")
     return content.get("names", []) if path.suffix != ".data" else []
 
@@ -366,10 +378,9 @@ def read_annotations(export):
 
 def foreign(export):
     for path in export.ending(".xml", ".json", ".csv"):
-        for tool, mark in FOREIGN.items():
+        for tool, (mark, way_out) in FOREIGN.items():
             if re.search(mark, path.read_bytes()):
-                return (f"{path}: {tool}'s own form; export VOC XML, COCO or "
-                        "YOLO there")
+                return f"{path}: {tool}'s own form; {way_out}"
 
 
 def split_of(name, beside=BESIDE):
@@ -409,12 +420,14 @@ def choose(export):
             for index, line in lines(place):
                 with noted(export.faults, f"{place}: line {index}"):
                     export.find(line, place).splits.add(split)
-    if not any(picture.splits for picture in export.pictures):
+    listed = set().union(*(picture.splits for picture in export.pictures))
+    if not listed or export.places and listed < {*SPLITS.values()}:
         for picture in export.pictures:
             coco = export.kind == "COCO" and picture.source
             named = coco and split_of(coco.stem, None)
             folders = export.folders(picture.path) if not named else ()
-            picture.splits = {named or None, *map(split_of, folders)} - {None}
+            told = {named or None, *map(split_of, folders)} - {None}
+            picture.splits = picture.splits or told - listed
     # After a broken list all are checked.
     chosen = [p for p in export.pictures if p.splits or export.broken]
     chosen = chosen or export.pictures

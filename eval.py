@@ -145,15 +145,19 @@ def print_summary(config: SimpleNamespace, split: str,
     """The whole method in one table: the scores of stage 2 on this list, if
     there are any, and the segmenter's.
     """
-    labels = runs.read_json(config.path / "labels/scores.json").get(split, {})
+    path = config.path / "labels/scores.json"
     titles = dict(box="whole boxes as labels", Ycrf="Ycrf", Yret="Yret")
-    rows = [(title, labels[kind]["miou"])
-            for kind, title in titles.items() if kind in labels]
-    rows += [(f"segmenter, {r['method']}", r["miou"])
-             for r in results.values() if r["split"] == split]
     print(f"\nmIoU, %, {split}")
-    for title, value in rows:
-        print(f"  {title:<48}{value:6.1f}")
+    with runs.own_file(path):
+        labels = runs.read_json(path).get(split, {})
+        for kind, title in titles.items():
+            if kind in labels:
+                print(f"  {title:<48}{labels[kind]['miou']:6.1f}")
+    with runs.own_file(config.path / "eval.json"):
+        for result in results.values():
+            title = f"segmenter, {result['method']}"
+            if result["split"] == split:
+                print(f"  {title:<48}{result['miou']:6.1f}")
 
 
 def score_labels(config: SimpleNamespace, split: str) -> None:

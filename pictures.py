@@ -163,26 +163,36 @@ def save(path: Path, content: bytes, what: str) -> None:
 
 # ------------------------------------------------------------------- numbers
 
-def last_pass(path: Path, stage: str) -> list[dict]:
-    """A stage's lines of metrics.jsonl that led to its checkpoint: where a
-    killed or repeated run went back to an earlier iteration, its later
-    numbers replace those before.
+def read_log(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl. Those that a kill, a full disk or a hand
+    damaged are skipped, and counted.
     """
-    points: list[dict] = []
-    damaged = 0
+    lines, damaged = [], 0
     for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-            if line["stage"] != stage:
-                continue
-            while points and points[-1]["iteration"] >= line["iteration"]:
-                points.pop()
-        except (ValueError, LookupError, TypeError):  # a kill, a full disk
+            iteration = int(line.get("iteration", 0))
+            lines.append(line | {"iteration": iteration,
+                                 "stage": line["stage"]})
+        except (ValueError, LookupError, TypeError, AttributeError,
+                OverflowError, RecursionError):
             damaged += 1
-            continue
-        points.append(line)
     if damaged:
         print(f"{path}: {damaged} damaged lines skipped")
+    return lines
+
+
+def last_pass(lines: list[dict], stage: str) -> list[dict]:
+    """A stage's lines that led to its checkpoint: where a killed or repeated
+    run went back to an earlier iteration, its later numbers replace those
+    before.
+    """
+    points: list[dict] = []
+    for line in lines:
+        if line["stage"] == stage:
+            while points and points[-1]["iteration"] >= line["iteration"]:
+                points.pop()
+            points.append(line)
     return points
 
 
@@ -196,8 +206,8 @@ def draw_curves(config: SimpleNamespace) -> None:
     """curves.png: the losses of stages 1 and 3, the shares of boxes and of
     background queries that stage 1 classifies right, and scores of stage 3.
     """
-    log = config.path / "metrics.jsonl"
-    points = {stage: last_pass(log, stage)
+    lines = read_log(config.path / "metrics.jsonl")
+    points = {stage: last_pass(lines, stage)
               for stage in ("train_cls", "train_seg")}
     plots = [plot for plot in PLOTS
              if any(plot[2][0] in point for point in points[plot[1]])]
@@ -207,7 +217,8 @@ def draw_curves(config: SimpleNamespace) -> None:
     all_axes = figure.subplots(1, len(plots), squeeze=False)[0]
     for axes, (title, stage, names) in zip(all_axes, plots):
         for name in names:
-            found = [point for point in points[stage] if name in point]
+            found = [point for point in points[stage]
+                     if isinstance(point.get(name), int | float)]
             iterations = [point["iteration"] for point in found]
             values = [point[name] for point in found]
             axes.plot(iterations, values, ".-", label=name)

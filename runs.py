@@ -19,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -243,13 +244,21 @@ def read_json(path: Path) -> dict:
     """A file of write_json; {} where there is none."""
     if not path.exists():
         return {}
-    try:
+    with own_file(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: not what this program wrote; remove it")
-    return content
+        return content | {}  # a TypeError unless it is a dictionary
+
+
+@contextmanager
+def own_file(path: Path) -> Iterator[None]:
+    """Around the use of what a file of this program's own says: if that is
+    damaged, the user is told so.
+    """
+    try:
+        yield
+    except settings.NOT_YAML:
+        raise UsageError(f"{path}: not what this program wrote; remove "
+                         "it") from None
 
 
 def save(path: Path, content: dict) -> None:
@@ -352,8 +361,9 @@ def write_settings(config: SimpleNamespace, script: str) -> None:
     if not index.exists():
         datasets.write(index, (ROOT / "docs/run_folder.md").read_bytes())
     path = config.path / "settings.yaml"
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    earlier = yaml.safe_load(before) or {}
+    with own_file(path):
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        earlier = (yaml.safe_load(before) or {}) | {}
     header = {line.split(":")[0]: line for line in before.splitlines()
               if line.startswith("# ")}
     now = json.loads(json.dumps(  # tuples to lists

@@ -1,21 +1,27 @@
-"""Some 2,500 damaged inputs: each is read, or refused in one line that names
-the file."""
+"""Some 2,500 damaged inputs (FUZZ=2: twice as many): each is read, or refused
+in one line that names the file."""
 import copy
 import io
+import json
+import os
 import random
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 import datasets
+import eval as evaluation
 import models
+import pictures
 import runs
 import settings
 from settings import UsageError
 from tools.shapes import SHAPES, make_shapes
 
+FUZZ = int(os.environ.get("FUZZ", 1))
 FAULTS = datasets.DataError, UsageError, models.WeightsError
 
 
@@ -78,22 +84,28 @@ def test_mutated_data(root, name, count):
     # The line about a list that names other images names the missing image.
     named = "" if path.name == "train.txt" else path.stem
     try:
-        for _ in range(count):
+        for _ in range(FUZZ * count):
             path.write_bytes(mutate(good, rng))
             refused += refusal(lambda: read_data(root), named) is not None
     finally:
         path.write_bytes(good)
-    assert refused > count / 4  # the mutations bite
+    bites(name, FUZZ * count, refused, 1 / 4)
+
+
+def bites(name, count, refused, share):
+    """The mutations matter. Shown by pytest -s."""
+    print(f"{name}: {count} damaged, {refused} refused")
+    assert refused > share * count
 
 
 def test_mutated_settings(tmp_path):
     good = settings.DEFAULT_CONFIG.read_bytes()
     path, rng, refused = tmp_path / "my.yaml", random.Random(1), 0
-    for _ in range(300):
+    for _ in range(FUZZ * 300):
         path.write_bytes(mutate(good, rng))
         refused += refusal(lambda: settings.read(
             "train_cls", [str(path), "data.root=x"])) is not None
-    assert refused > 75
+    bites("settings", FUZZ * 300, refused, 1 / 4)
 
 
 def checkpoint():
@@ -116,10 +128,54 @@ def test_mutated_checkpoints(tmp_path):
     path, rng, refused = tmp_path / "cls.pt", random.Random(2), 0
     path.write_bytes(buffer.getvalue())
     load(tmp_path)
-    for _ in range(200):
+    for _ in range(FUZZ * 200):
         path.write_bytes(mutate(buffer.getvalue(), rng))
         refused += refusal(lambda: load(tmp_path), "cls.pt") is not None
-    assert refused > 50
+    bites("checkpoints", FUZZ * 200, refused, 1 / 4)
+
+
+SCORES = {"miou": 51.5, "images": 3, "method": "plain", "split": "val",
+          "iou": {"background": 90.1, "a": 12.9}}
+RUN_FILES = {  # of a run: as text, and the share of mutations that is noticed
+    "labels/made_with.json": (json.dumps(dict(
+        settings={"make_labels.u0": True, "data.classes": ["a"]}, x=1)), 1 / 2),
+    "labels/scores.json": (json.dumps({"val": dict(
+        box=SCORES, Ycrf=SCORES, Yret=SCORES)}), 1 / 4),
+    "eval.json": (json.dumps({"val, plain": SCORES}), 1 / 4),
+    "settings.yaml": (f"# eval.py: {'x' * 99}\nrun:\n  name: a\n  seed: 0\n"
+                      "data: {root: x, classes: [a, b]}\n", 1 / 8),
+    "metrics.jsonl": ("".join(json.dumps(dict(
+        time=1.5, stage="train_cls", iteration=20 * n, loss=1 / n)) + "\n"
+        for n in range(1, 9)), -1)}
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_mutated_run_files(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pictures, "png_of", lambda figure: b"")
+    config = settings.read("eval", ["data.root=x", "run.name=a"])
+    texts = {file: text for file, (text, _) in RUN_FILES.items()}
+    rng, refused, count = random.Random(3), 0, FUZZ * 60
+
+    def use():
+        before = json.loads(texts["labels/made_with.json"])
+        runs.replace_if_changed(config.path / "labels", before, False)
+        runs.write_settings(config, "eval")
+        results = runs.read_json(config.path / "eval.json")
+        evaluation.print_summary(config, "val", results)
+        pictures.draw_curves(config)
+
+    for number in range(count + 1):
+        for file, text in texts.items():
+            datasets.write(config.path / file, text.encode())
+        if number:  # as they are, they are read
+            datasets.write(config.path / name,
+                           mutate(texts[name].encode(), rng))
+        line = refusal(use, Path(name).parts[0])
+        assert number or line is None
+        refused += line is not None
+    with capsys.disabled() if FUZZ > 1 else nullcontext():
+        bites(name, count, refused, RUN_FILES[name][1])
 
 
 SWAPS = [None, 0, -1, 1e308, "text", "", [], {}, [1], {"a": 1},

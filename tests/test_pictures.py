@@ -183,12 +183,12 @@ def numbers(folder):
 
 
 def test_the_last_pass_of_a_stage(numbers):
-    path = Path("runs/shapes/metrics.jsonl")
-    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(path, "train_cls")] == [
+    lines = pictures.read_log(Path("runs/shapes/metrics.jsonl"))
+    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(lines, "train_cls")] == [
         (20, 3.0), (40, 2.5), (60, 1.5), (80, 1.0)]
-    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(path, "train_seg")] == [
+    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(lines, "train_seg")] == [
         (20, 0.5), (25, 0.4), (30, 0.3)]
-    assert pictures.last_pass(Path("nothing"), "train_cls") == []
+    assert pictures.read_log(Path("nothing")) == []
 
 
 def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
@@ -199,7 +199,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
         json.dumps(good).encode(), b'{"stage": "train_cls", "itera', b"[1]",
         b'{"stage": "train_cls", "iteration": "x"}', b"\xff\xfe", b"7",
         json.dumps(other).encode(), b""]))
-    assert pictures.last_pass(path, "train_cls") == [good]
+    assert pictures.last_pass(pictures.read_log(path), "train_cls") == [good]
     assert f"{path}: 5 damaged lines skipped" in capsys.readouterr().out
 
 

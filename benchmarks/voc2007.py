@@ -1,5 +1,5 @@
 """The trainings behind docs/results.md on VOC 2007: two at a time, on one
-thread each.
+thread each. (With a GPU: JOBS=4 in the environment, run.workers=4.)
 
     python benchmarks/voc2007.py STUDY [data.root=FOLDER] [key=value ...]
 
@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+JOBS = int(os.environ.get("JOBS", 2))  # runs at a time
 SEEDS = 0, 1, 2
 MORE_SEEDS = 3, 4, 5, 6, 7  # of segmenters, on the labels of seed mod 3
 # Choices are made with networks that never saw the list they are scored on.
@@ -83,8 +84,8 @@ def stage(script, run, settings, before=""):
     code = (f"import sys; sys.path[0] = {str(ROOT)!r}\n"
             f"import models, runs, {script} as s\n{before}\n"
             f"runs.launch({script!r}, s.main)")
-    arguments = [str(ROOT / "configs/voc2007.yaml"), *settings,
-                 f"run.name={folder.name}", "run.workers=0"]
+    arguments = [str(ROOT / "configs/voc2007.yaml"), "run.workers=0",
+                 *settings, f"run.name={folder.name}"]
     with open(folder / "log.txt", "a") as log:
         print(script, *arguments, file=log, flush=True)
         done = subprocess.run([sys.executable, "-c", code, *arguments],
@@ -150,7 +151,7 @@ def label_everything(seed, settings):
     """The labels that the segmenters of a seed learn from."""
     stage("make_labels", f"bap_{seed}",
           ["make_labels.splits=[Main/trainval]", f"run.seed={seed}",
-           "train_cls.pooling=bap", *settings])
+           "train_cls.pooling=bap", "run.workers=2", *settings])
 
 
 def table_of_segmenters(runs):
@@ -177,7 +178,7 @@ def gather(name, folders):
 
 
 def main(name, settings):
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         if name in ("segmenters", "nal"):
             seeds = SEEDS if name == "segmenters" else MORE_SEEDS
             for seed in seeds:

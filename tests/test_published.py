@@ -1,0 +1,61 @@
+"""The trained networks under weights/: what the files hold, and that they label what they never saw."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHARED
+from conftest import script as run_script
+
+import datasets
+import models
+import runs
+from tools.shapes import SHAPES, make_shapes
+
+pytest.importorskip("timm")
+FILES = sorted((ROOT / "weights").glob("*.pth"))
+CLASSIFIER = ROOT / "weights/voc2007_cls.pth"
+VOC = SHARED / "voc2007"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_what_a_file_holds(file):
+    content = torch.load(file, weights_only=True)
+    assert file.stat().st_size < 10e6 and set(content) == {"network", "classes", "model"}
+    assert all(value.dtype == torch.float16 for value in content["model"].values() if value.is_floating_point())
+    assert models.load(file).classes == list(datasets.VOC_CLASSES)
+
+
+def test_labels_of_somebodys_boxes(tmp_path):
+    """own_data.py, then make_labels.py, with a few of VOC's classes in another order."""
+    make_shapes(tmp_path / "theirs", train=2, val=1)
+    names = dict(zip(SHAPES, ("dog", "cat", "sofa", "bird", "train", "cow")))
+    for path in (tmp_path / "theirs/Annotations").iterdir():
+        text = path.read_text()
+        for shape, name in names.items():
+            text = text.replace(f"<name>{shape}<", f"<name>{name}<")
+        path.write_text(text)
+    (tmp_path / "theirs/SegmentationClassAug").rename(tmp_path / "masks")
+    done = subprocess.run([sys.executable, ROOT / "tools/own_data.py", "theirs", "OUT"], cwd=tmp_path)
+    assert done.returncode == 0
+    done = run_script("make_labels", "OUT/mine.yaml", f"weights={CLASSIFIER}", "run.workers=0", "crf_iterations=1",
+                      cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dataset = datasets.VOCDataset(tmp_path / "OUT", "train", sorted(names.values()))
+    for sample in dataset:
+        labels = datasets.read_mask(tmp_path / f"runs/OUT/labels/Ycrf/{sample['id']}.png", 7)
+        assert {*labels.flat} <= {0, *sample["labels"].tolist()} and labels.any()
+
+
+@pytest.mark.skipif(not VOC.is_dir(), reason="needs VOC 2007 at ../shared/voc2007")
+def test_labels_of_photographs_that_it_never_saw(tmp_path):
+    """On 8 images of Segmentation/test they are far better than whole boxes."""
+    ids = datasets.read_list(VOC, "Segmentation/test")[::27][:8]
+    for name in ("JPEGImages", "Annotations", "SegmentationClass"):
+        (tmp_path / name).symlink_to(VOC / name)
+    datasets.write(tmp_path / "ImageSets/Segmentation/few.txt", "\n".join(ids).encode())
+    done = run_script("make_labels", ROOT / "configs/voc2007.yaml", f"data.root={tmp_path}", "splits=[few]",
+                      f"weights={CLASSIFIER}", "run.workers=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = runs.read_json(tmp_path / "runs/voc2007/labels/scores.json")["few"]
+    assert scores["Ycrf"]["miou"] > scores["box"]["miou"] + 5

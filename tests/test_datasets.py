@@ -649,5 +649,5 @@ def test_write_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
     datasets.write(tmp_path / "file", b"content")
-    temporary = f"{tmp_path}/.file.tmp"
+    temporary = f"{tmp_path}/.file.{os.getpid()}.tmp"
     assert calls == [temporary, f"{temporary} -> {tmp_path}/file"]

@@ -105,7 +105,7 @@ def test_each_step_is_killed_and_goes_on(work, server):
             or path.suffix == ".pt"}
     whole = subprocess.run(**make(work, "-s"))
     assert whole.returncode == 0, whole.stderr
-    assert kept == {path: path.stat().st_mtime_ns for path in kept} and len(kept) == 2 + 20 * 3 + 12 * 2 + 4
+    assert kept == {path: path.stat().st_mtime_ns for path in kept} and len(kept) == 2 + 20 * 3 + 12 * 2 + 2 * 4
     assert len(server.fetched()) == 3  # TEST twice
 
     labels = json.loads((work / "runs/voc2007/labels/scores.json").read_text())["Segmentation/test"]

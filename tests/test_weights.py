@@ -220,10 +220,10 @@ def authors(tmp_path_factory):
     return networks, file
 
 
-def loaded(script, tmp_path, kind, file):
+def loaded(script, tmp_path, kind, file, backbone="vgg16"):
     config = settings.read(script, ["data.root=x", "run.device=cpu"])
     config.path, config.device = tmp_path, torch.device("cpu")
-    return runs.load_network(config, "none.pt", kind, settings.TrainCls(), str(file))
+    return runs.load_network(config, "none.pt", kind, settings.TrainCls(backbone=backbone), str(file))
 
 
 def pictures(*size):
@@ -434,7 +434,7 @@ def caffe_deeplab(tmp_path_factory):
 
 def test_a_segmenter_of_resnet101_in_kazuto1011s_names(tmp_path, caffe_deeplab):
     network, file = caffe_deeplab
-    ours = loaded("eval", tmp_path, models.DeepLab(7, "resnet101_caffe"), file)
+    ours = loaded("eval", tmp_path, models.DeepLab, file, "resnet101_caffe")
     with torch.no_grad():
         close(ours(pictures(65, 57)), network.cosine(caffe_colours(pictures(65, 57))))
 

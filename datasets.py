@@ -150,11 +150,15 @@ def palette() -> np.ndarray:
     return colours.astype(np.uint8)
 
 
+def _temporary(path):
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def write(path: PathLike, content: bytes | memoryview) -> None:
     """Writes a file atomically, and its folders. An OSError names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -185,7 +189,7 @@ def remove_abandoned(paths: Iterable[Path]) -> None:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill and to rename to it."""
     remove_abandoned(path.parent.glob(f".{path.name}.*.tmp"))
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = _temporary(path)
     folder.mkdir(parents=True)
     try:
         yield folder

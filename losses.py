@@ -42,10 +42,7 @@ def noise_aware_loss(
     cosine = in_float32(cosine)
     agree, differ = agreement(y_crf, y_ret, ignore_index)
     ce = -at_label(log_softmax(cosine, temperature), y_crf, ignore_index)
-    # Clamped: rounding may leave D below 0, whose power would be NaN.
-    D = (1 + at_label(cosine, y_crf, ignore_index)).clamp(min=0)
-    D_max = (1 + cosine.max(1).values).clamp(min=1e-6)
-    sigma = torch.where(differ, D / D_max, 0) ** gamma * differ
+    sigma = confidence(cosine, y_crf, differ, gamma, ignore_index)
     l_wce = weighted_mean(ce, sigma, group)
     return weighted_mean(ce, agree, group) + weight * l_wce
 
@@ -97,6 +94,17 @@ def bootstrap_loss(
     mixed = beta * ce - (1 - beta) * log_h.max(1).values
     bootstrap = weighted_mean(mixed, differ, group)
     return weighted_mean(ce, agree, group) + weight * bootstrap
+
+
+def confidence(cosine: Tensor, y_crf: Tensor, differ: Tensor, gamma: float,
+               ignore_index: int = 255) -> Tensor:
+    """sigma of noise_aware_loss (N, H, W) in [0, 1]; 0 where not `differ`, the
+    mask of ~S.
+    """
+    # Clamped: rounding may leave D below 0, whose power would be NaN.
+    D = (1 + at_label(cosine, y_crf, ignore_index)).clamp(min=0)
+    D_max = (1 + cosine.max(1).values).clamp(min=1e-6)
+    return torch.where(differ, D / D_max, 0) ** gamma * differ
 
 
 def in_float32(cosine: Tensor) -> Tensor:

@@ -462,7 +462,8 @@ def load_network(config: SimpleNamespace, name: str,
     """The network in runs/NAME/cls.pt or seg.pt, in evaluation mode; or in
     the file `weights`: a checkpoint of another run, or a state dict in the
     names of the authors' code, of the settings' backbone and data.classes.
-    classes: those that its labels 1, 2, ... shall be; by default, all.
+    The run's own checkpoint must be of these, too. classes: those that the
+    labels 1, 2, ... shall be; by default, all.
     """
     path = Path(weights) if weights else config.path / name
     content = models.read_file(path) if weights else read_checkpoint(path)
@@ -474,6 +475,15 @@ def load_network(config: SimpleNamespace, name: str,
         network = kind(labels, s.backbone, width=s.width).eval()
         models.copy_state(network, models.state_of(content, path), path)
         network.classes = list(config.data.classes)
+    here = description(network, s)
+    if not weights and content["network"] != here:
+        raise UsageError(f"{path}: holds the network "
+                         f"{reprlib.repr(content['network'])}, but the "
+                         f"settings say {here}")
+    if not weights and network.classes != list(config.data.classes):
+        raise UsageError(f"{path}: was trained on the classes "
+                         f"{reprlib.repr(network.classes)}, not on "
+                         "data.classes")
     if not isinstance(network, kind):
         raise UsageError(f"{path}: a {type(network).__name__}, not a "
                          f"{kind.__name__}, which {MADE_BY[name]} makes")

@@ -3,8 +3,8 @@
     python benchmarks/attack.py
 
 112 kills, 28 in each of the four stages, each stage started again until it ends and compared file by file with one that
-never was killed; 4,600 damaged inputs, 600 damaged checkpoints and files of a run among them; 8 minutes of each stage,
-for its memory (benchmarks/soak.py). Ends with status 1 at the first that fails. About 90 minutes on two cores.
+never was killed; 5,000 damaged inputs, 1,000 checkpoints and files of a run among them; 8 minutes of each stage, for
+its memory (benchmarks/soak.py). Ends with status 1 at the first that fails. About 90 minutes on two cores.
 """
 import os
 import subprocess

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,9 +28,8 @@ ROOMS = "bottle", "chair", "diningtable", "pottedplant", "sofa", "tvmonitor"
 
 def auc(values, positive):
     """P(value of a positive > that of a negative), ties by half. values (n,), positive (n,) bool."""
-    count = positive.sum()
-    above = rankdata(values)[positive].sum() - count * (count + 1) / 2
-    return above / (count * (len(values) - count))
+    one, other = values[positive], values[~positive]
+    return mannwhitneyu(one, other, method="asymptotic").statistic / (len(one) * len(other))
 
 
 def maps_of(config, network, sample):

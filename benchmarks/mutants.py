@@ -1,9 +1,9 @@
 """What do the tests notice? cosmic-ray's mutants of losses.py and of BAP, each one small change of the code.
 
-    python benchmarks/mutants.py losses | bap [first]      (pip install cosmic-ray)
+    python benchmarks/mutants.py losses | bap [NUMBER]      (pip install cosmic-ray)
 
 A mutant is killed if a test fails or takes over a minute; others survive, and are listed. Mutants of equal code count
-once. With a number, only the first so many are tried, evenly spread.
+once. With a number, about so many of them are tried, evenly spread.
 """
 import os
 import shutil
@@ -67,14 +67,14 @@ def survives(folder, tests):
     return False
 
 
-def main(target, first=None):
+def main(target, number=None):
     name, begin, end, tests = TARGETS[target]
     source = (ROOT / name).read_text()
     start, stop = source.index(begin), source.index(end) if end else len(source)
     line = source[:start].count("\n")
     made = mutants(source[start:stop])
-    if first:
-        made = made[::max(1, len(made) // int(first))]
+    if number:
+        made = made[::max(1, len(made) // int(number))]
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -98,5 +98,5 @@ def main(target, first=None):
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or sys.argv[1] not in TARGETS:
-        sys.exit("usage: python benchmarks/mutants.py losses | bap [first]")
+        sys.exit("usage: python benchmarks/mutants.py losses | bap [NUMBER]")
     main(*sys.argv[1:])

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets  # noqa: E402
 import engine  # noqa: E402
+import losses  # noqa: E402
 import models  # noqa: E402
 import runs  # noqa: E402
 import settings  # noqa: E402
@@ -27,12 +28,6 @@ import settings  # noqa: E402
 BINS = 1000  # of sigma's histogram
 HEAD = ("| iterations | AUC | sigma, Ycrf right | Ycrf wrong | right: sigma > 1/2 | wrong: sigma < 1/2 | "
         "weight on right pixels |\n|---|---|---|---|---|---|---|")
-
-
-def sigma_of(cosine, y_crf, gamma):
-    """sigma (H, W) in [0, 1], of cosine (L, H, W) and labels (H, W); see losses.noise_aware_loss."""
-    D = 1 + cosine
-    return (D.gather(0, y_crf.long()[None])[0].clamp(min=0) / D.amax(0).clamp(min=1e-6)) ** gamma
 
 
 @torch.inference_mode()
@@ -46,7 +41,8 @@ def histograms(config, network, dataset):
             cosine = engine.predict(network, image.to(config.device)).float().cpu()
         known = (masks != datasets.VOID).all(0)
         differ = (y_crf != y_ret) & known
-        bins = (sigma_of(cosine, y_crf * known, config.train_seg.gamma) * BINS).long().clamp(max=BINS - 1)
+        sigma, = losses.confidence(cosine[None], y_crf[None], differ, config.train_seg.gamma)
+        bins = (sigma * BINS).long().clamp(max=BINS - 1)
         for right in (0, 1):
             chosen = bins[differ & ((y_crf == truth) == right)].numpy()
             counts[right] += np.bincount(chosen, minlength=BINS)

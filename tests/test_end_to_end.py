@@ -304,8 +304,8 @@ def test_a_stage_whose_input_is_missing_names_the_command_that_makes_it(spoilt, 
 
 
 def test_checkpoints_of_others(spoilt, capsys, monkeypatch):
-    classes = "data.classes=[bar, ring, cross, crescent, vee, wav]"
-    assert "does not know wav, only" in refused("eval", capsys, monkeypatch, classes)
+    assert "the settings say" in refused("make_labels", capsys, monkeypatch, "train_cls.width=0.125")
+    assert "classes" in refused("eval", capsys, monkeypatch, "data.classes=[bar, ring, cross, crescent, vee, wav]")
     Path("runs/shapes/seg.pt").write_bytes(b"nonsense")
     assert "not a checkpoint" in refused("eval", capsys, monkeypatch)
     shutil.copy("runs/shapes/cls.pt", "runs/shapes/seg.pt")

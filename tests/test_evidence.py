@@ -42,11 +42,13 @@ def test_row_of_histograms():
                      "75.0 %", "66.7 %", f"{100 * sum(middle[3:]) / sum(middle):.1f} %"]
 
 
-def test_sigma_is_that_of_the_loss():
-    """L_wce as the mean of -log H weighted by sigma is NAL without its first term."""
+def test_the_loss_is_weighted_by_its_confidence():
+    """L_wce is the mean of -log H weighted by sigma; where the labels differ everywhere it is all of NAL."""
     torch.manual_seed(0)
     cosine, y_crf = torch.rand(1, 4, 5, 6) * 2 - 1, torch.randint(0, 4, (1, 5, 6))
-    weights = sigma.sigma_of(cosine[0], y_crf[0], 7)
+    D = 1 + cosine[0]
+    weights = (D.gather(0, y_crf)[0] / D.max(0).values) ** 7
+    torch.testing.assert_close(losses.confidence(cosine, y_crf, torch.ones(1, 5, 6, dtype=torch.bool), 7)[0], weights)
     ce = -(20 * cosine).log_softmax(1)[0].gather(0, y_crf)[0]
     nowhere = (y_crf + 1) % 4
     expected = losses.noise_aware_loss(cosine, y_crf, nowhere, weight=1.0)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets import VOID, DataError, PathLike, temporary_folder, write, write_mask  # noqa: E402
+from datasets import VOID, DataError, PathLike, temporary_folder, write, write_mask
 
 SHAPES = "bar", "ring", "cross", "crescent", "vee", "wave"
 # The k-th background suits the k-th shape.

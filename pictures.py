@@ -38,10 +38,11 @@ def outlined(image: np.ndarray, boxes: Sequence,
              labels: Sequence[int]) -> Image.Image:
     """The image with its boxes in their labels' colours."""
     picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
+    draw, width = ImageDraw.Draw(picture), max(2, max(picture.size) // 100)
     for (x0, y0, x1, y1), label in zip(boxes, labels):
         colour = tuple(datasets.palette()[label].tolist())
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=2)
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour,
+                       width=width)
     return picture
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("timm")
 FILES = sorted((ROOT / "weights").glob("*.pth"))
 CLASSIFIER = ROOT / "weights/voc2007_cls.pth"
 VOC = SHARED / "voc2007"
+PHOTOS = ROOT / "examples/photos"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -63,3 +64,19 @@ def test_labels_of_photographs_that_it_never_saw(tmp_path):
     assert done.returncode == 0, done.stderr
     scores = runs.read_json(tmp_path / "runs/voc2007/labels/scores.json")["few"]
     assert scores["Ycrf"]["miou"] > scores["box"]["miou"] + 5
+
+
+FACES = {"chelsea": (150, 200, 8), "astronaut": (110, 220, 15), "grace_hopper": (220, 260, 15)}  # y, x, label
+
+
+def test_labels_of_the_photographs_in_examples(tmp_path):
+    """Faces are objects in Ycrf and Yret; nothing is outside the boxes."""
+    done = run_script("make_labels", PHOTOS / "photos.yaml", f"data.root={PHOTOS}", f"weights={CLASSIFIER}",
+                      "run.workers=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for sample in datasets.VOCDataset(PHOTOS, "photos", datasets.VOC_CLASSES):
+        y, x, label = FACES[sample["id"]]
+        for kind in "Ycrf", "Yret":
+            labels = datasets.read_mask(tmp_path / f"runs/photos/labels/{kind}/{sample['id']}.png", 21)
+            assert labels[y, x] == label and {*labels.flat} == {0, label}
+            assert not labels[sample["background"][0].numpy() == 1].any()

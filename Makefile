@@ -33,6 +33,15 @@ test: .venv/installed-dev
 	$(PY) -m mypy *.py tools/*.py
 	$(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
+# Which lines of the top level and of tools/ the tests run, in all their processes.
+coverage: .venv/installed-dev
+	$(PY) -m pip install --quiet 'coverage>=7.10'
+	mkdir -p runs/coverage
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report
+
 # pydensecrf2 asks for a Cython to build with that knows no Python after 3.12: it gets today's, without isolation.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -44,4 +53,4 @@ test: .venv/installed-dev
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test voc voc2007
+.PHONY: demo test coverage voc voc2007

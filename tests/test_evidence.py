@@ -1,10 +1,10 @@
-"""benchmarks/maps.py and sigma.py: their measures, counted pair by pair; and their tables, of small runs."""
+"""benchmarks/maps.py, sigma.py and details.py: their measures, counted pair by pair; their tables, of small runs."""
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 
 import datasets
 import losses
@@ -14,6 +14,7 @@ from tools.shapes import SHAPES, make_shapes
 
 pytest.importorskip("scipy")
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import details  # noqa: E402
 import maps  # noqa: E402
 import sigma  # noqa: E402
 
@@ -97,3 +98,23 @@ def test_table_of_sigma(folder, capsys):
     assert f"Ycrf is right on {100 * counts[1] / differ:.1f} %, Yret on 0.0 %" in said
     rows = [line.strip("| ").split(" | ") for line in said.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["10", "900"] and rows[0][1:] != rows[1][1:]
+
+
+def test_table_of_details(folder, capsys):
+    """Rows of settings are make_labels.py's own scores; what is of Yret alone changes no Ycrf."""
+    torch.manual_seed(0)
+    network = models.BoxClassifier(len(SHAPES), width=0.0625)
+    torch.nn.init.normal_(network.classifier.weight)
+    checkpoint(network, folder / "cls.pt")
+    quick = "run.workers=0", "run.device=cpu", "crf_iterations=1"
+    details.main(str(ROOT / "configs/shapes.yaml"), "val", "cls.pt", *quick)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    found = {detail: (cells[0], cells[2]) for detail, *cells in rows}
+    assert set(found) == {*details.BEFORE, details.ANYWHERE, details.LACKING}
+    for number, (detail, changes) in enumerate(details.BEFORE.items()):
+        done = script("make_labels", "weights=cls.pt", "splits=[val]", *quick, f"name={number}",
+                      *(f"{key}={value}" for key, value in changes.items()), cwd=folder)
+        assert done.returncode == 0, done.stderr
+        scores = runs.read_json(folder / f"runs/{number}/labels/scores.json")["val"]
+        assert found[detail] == tuple(f"{scores[kind]['miou']:.1f}" for kind in ("Ycrf", "Yret"))
+    assert len(set(found.values())) > 1 and found[details.LACKING][0] == found[details.SETTINGS][0]

@@ -14,7 +14,7 @@ from tools.shapes import SHAPES, make_shapes
 
 pytest.importorskip("timm")
 FILES = sorted((ROOT / "weights").glob("*.pth"))
-CLASSIFIER = ROOT / "weights/voc2007_cls.pth"
+CLASSIFIER, SEGMENTER = ROOT / "weights/voc2007_cls.pth", ROOT / "weights/voc2007_seg.pth"
 VOC = SHARED / "voc2007"
 PHOTOS = ROOT / "examples/photos"
 
@@ -22,7 +22,7 @@ PHOTOS = ROOT / "examples/photos"
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_what_a_file_holds(file):
     content = torch.load(file, weights_only=True)
-    assert file.stat().st_size < 10e6 and set(content) == {"network", "classes", "model"}
+    assert file.stat().st_size < 12e6 and set(content) == {"network", "classes", "model"}
     assert all(value.dtype == torch.float16 for value in content["model"].values() if value.is_floating_point())
     assert models.load(file).classes == list(datasets.VOC_CLASSES)
 
@@ -52,18 +52,31 @@ def test_labels_of_somebodys_boxes(tmp_path):
     assert objects
 
 
-@pytest.mark.skipif(not VOC.is_dir(), reason="needs VOC 2007 at ../shared/voc2007")
-def test_labels_of_photographs_that_it_never_saw(tmp_path):
-    """On 8 images of Segmentation/test they are far better than whole boxes."""
+@pytest.fixture
+def few(tmp_path):
+    """The settings of 8 images of Segmentation/test, the list `few`."""
+    if not VOC.is_dir():
+        pytest.skip("needs VOC 2007 at ../shared/voc2007")
     ids = datasets.read_list(VOC, "Segmentation/test")[::27][:8]
     for name in ("JPEGImages", "Annotations", "SegmentationClass"):
         (tmp_path / name).symlink_to(VOC / name)
     datasets.write(tmp_path / "ImageSets/Segmentation/few.txt", "\n".join(ids).encode())
-    done = run_script("make_labels", ROOT / "configs/voc2007.yaml", f"data.root={tmp_path}", "splits=[few]",
-                      f"weights={CLASSIFIER}", "run.workers=0", cwd=tmp_path)
+    return ROOT / "configs/voc2007.yaml", f"data.root={tmp_path}", "data.val=few", "run.workers=0"
+
+
+def test_labels_of_images_that_it_never_saw(few, tmp_path):
+    """They are far better than whole boxes."""
+    done = run_script("make_labels", *few, "splits=[few]", f"weights={CLASSIFIER}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     scores = runs.read_json(tmp_path / "runs/voc2007/labels/scores.json")["few"]
     assert scores["Ycrf"]["miou"] > scores["box"]["miou"] + 5
+
+
+def test_segments_images_that_it_never_saw(few, tmp_path):
+    """All background would have a fifth of it, and a class at random far less."""
+    done = run_script("eval", *few, f"weights={SEGMENTER}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert runs.read_json(tmp_path / "runs/voc2007/eval.json")["few, plain"]["miou"] > 40
 
 
 FACES = {"chelsea": (150, 200, 8), "astronaut": (110, 220, 15), "grace_hopper": (220, 260, 15)}  # y, x, label
@@ -80,3 +93,11 @@ def test_labels_of_the_photographs_in_examples(tmp_path):
             labels = datasets.read_mask(tmp_path / f"runs/photos/labels/{kind}/{sample['id']}.png", 21)
             assert labels[y, x] == label and {*labels.flat} == {0, label}
             assert not labels[sample["background"][0].numpy() == 1].any()
+
+
+def test_segments_the_photographs_in_examples(tmp_path):
+    """Without a box."""
+    done = run_script("eval", f"images={PHOTOS}/JPEGImages", f"weights={SEGMENTER}", "run.workers=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, (y, x, label) in FACES.items():
+        assert datasets.read_mask(tmp_path / f"runs/shapes/pictures/plain/{name}.png", 21)[y, x] == label

@@ -16,7 +16,8 @@ import datasets
 from tools.shapes import SHAPES, make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/running.md", "docs/own_data.md", "docs/speed.md", "docs/deviations.md")
+PAGES = ("README.md", "docs/results.md", "docs/running.md", "docs/own_data.md", "docs/speed.md", "docs/deviations.md",
+         "weights/README.md", "examples/photos/README.md")
 README = "".join((ROOT / page).read_text() for page in PAGES)
 QUICK = {
     "train_cls": "train_cls.iterations=2 train_cls.batch=2 train_cls.crop=65",
@@ -26,7 +27,7 @@ QUICK = {
 NARROW = {"shapes": "train_cls.width=0.0625 train_seg.width=0.0625",
           "voc_vgg16": "train_cls.width=0.0625 train_seg.width=0.0625 train_cls.weights=none train_seg.weights=none",
           "voc_resnet101": "train_cls.width=0.0625 train_cls.weights=none train_seg.weights=none",
-          "voc2007": "train_cls.weights=none train_seg.weights=none"}
+          "voc2007": "train_cls.weights=none train_seg.weights=none", "photos": ""}
 ELSEWHERE = {  # what a command holds -> where it is tested
     "make ": "test_make", "download": "test_download", "benchmarks/speed.py": "test_speed",
     "benchmarks/soak.py": "half an hour, by hand", "benchmarks/limits.py": "three minutes, by hand",
@@ -55,7 +56,9 @@ def is_elsewhere(command):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in "configs", "examples":
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "weights", folder / "weights")
     make_shapes(folder / "data/shapes", train=8, val=4)
     devkit = folder / "FOLDER"
     shutil.copytree(folder / "data/shapes", devkit)
@@ -78,6 +81,7 @@ def work(tmp_path_factory):
     (folder / "photos").mkdir()
     for path in sorted((devkit / "JPEGImages").iterdir())[:2]:
         shutil.copy(path, folder / "photos")
+    (folder / "PHOTO").symlink_to("photos")
     return folder
 
 

@@ -38,3 +38,4 @@ if __name__ == "__main__":
         print(fault, file=sys.stderr)
         sys.exit(2)
     runs.save(Path(out), content)
+    print(f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB")

@@ -35,7 +35,8 @@ ELSEWHERE = {  # what a command holds -> where it is tested
     "benchmarks/sigma.py": "test_evidence", "benchmarks/details.py": "test_evidence",
     "benchmarks/bootstrap.py": "test_bootstrap",
     "benchmarks/attack.py": "an hour and a half, by hand", "benchmarks/mutants.py": "half an hour, by hand",
-    "pip install": "requirements-dev.txt", "own_data": "test_own_data", "mine.yaml": "test_own_data"}
+    "tools/half.py": "test_hub", "pip install": "requirements-dev.txt",
+    "own_data": "test_own_data", "mine.yaml": "test_own_data"}
 
 
 def commands():

@@ -27,6 +27,12 @@ def test_what_a_file_holds(file):
     assert models.load(file).classes == list(datasets.VOC_CLASSES)
 
 
+@pytest.mark.parametrize("name, kind", [("classifier", "BoxClassifier"), ("segmenter", "DeepLab")])
+def test_torch_hub(name, kind):
+    network = torch.hub.load(str(ROOT), name, source="local")
+    assert type(network).__name__ == kind and network.classes == list(datasets.VOC_CLASSES) and not network.training
+
+
 def test_labels_of_somebodys_boxes(tmp_path):
     """own_data.py, then make_labels.py, with a few of VOC's classes in another order. (Shapes are no photographs: some
     may be all background to it.)"""

@@ -124,10 +124,11 @@ def end_now(status: int) -> None:
 
 def write_shapes(config: SimpleNamespace, arguments: list[str]) -> None:
     """Writes the demo set where the settings want it and it is missing. If
-    data.root was named on the command line, it is missing by mistake.
+    data.root was named on the command line, it is missing by mistake; to
+    segment photographs, none is needed.
     """
     named = any(a.startswith("data.root=") for a in arguments)
-    missing = not Path(config.data.root).exists()
+    missing = not Path(config.data.root).exists() and not config.eval.images
     if config.data.shapes and missing and not named and rank() == 0:
         from tools.shapes import make_shapes
         print(f"writing the shapes set to {config.data.root}")

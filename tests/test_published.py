@@ -102,8 +102,9 @@ def test_labels_of_the_photographs_in_examples(tmp_path):
 
 
 def test_segments_the_photographs_in_examples(tmp_path):
-    """Without a box."""
+    """Without a box, and without the demo set, which the settings would have written."""
     done = run_script("eval", f"images={PHOTOS}/JPEGImages", f"weights={SEGMENTER}", "run.workers=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name, (y, x, label) in FACES.items():
         assert datasets.read_mask(tmp_path / f"runs/shapes/pictures/plain/{name}.png", 21)[y, x] == label
+    assert not (tmp_path / "data").exists()

@@ -2,6 +2,7 @@
 error is the last line, the status 1, and nothing is lost. And Ctrl-C.
 """
 import os
+import re
 import resource
 import shutil
 import signal
@@ -238,8 +239,9 @@ def test_an_image_worker_that_dies(folder):
         if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text():
             os.kill(pid, signal.SIGKILL)
     _, error = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "DataLoader worker" in error.splitlines()[-1] and (folder / "runs/shapes/cls.pt.partial").exists()
+    assert process.returncode == 1 and (folder / "runs/shapes/cls.pt.partial").exists()
+    # Either torch notices the death, or the connection to the worker breaks first.
+    assert re.match("RuntimeError: DataLoader worker|ConnectionResetError", error.splitlines()[-1]), error
 
 
 def test_a_crf_worker_that_dies(folder):

@@ -11,6 +11,7 @@ thread each. (With a GPU: JOBS=4 in the environment, run.workers=4.)
                  u0 and its threshold
     segmenters   losses and labels of stage 3, three seeds: needs the labels
     nal          the noise-aware loss and cross-entropy, five seeds more
+    evaluation   details of the final evaluation, of the segmenter nal_0
 
 Each run is the scripts' own, runs/voc2007_NAME, with all they print in its
 log.txt. The scripts skip what is done and resume what was stopped, so the
@@ -52,6 +53,22 @@ def save_and_keep(path, content):
 runs.save = save_and_keep
 """
 FULL = ["eval.scales=[0.5, 0.75, 1, 1.5]", "eval.flip=true", "eval.crf=true"]
+# The CRF sees what the authors' code gives it: BGR less Caffe's mean colour,
+# cast to bytes, so that negative values wrap round.
+CRF_IMAGE = """
+crf = s.dense_crf
+def on_bytes(image, *others):
+    bgr = image[..., ::-1] - s.np.array([104.008, 116.669, 122.675])
+    return crf((bgr.astype(int) % 256).astype(s.np.uint8), *others)
+s.dense_crf = on_bytes
+"""
+ANTIALIAS = """
+import engine
+from torchvision.transforms.v2.functional import resize
+engine.resized = lambda image, scale: resize(
+    image[None].float() / 255, [round(scale * n) for n in image.shape[1:]])
+"""
+EVALUATIONS = {"_bytes": CRF_IMAGE, "_antialias": ANTIALIAS}
 
 
 # ---------------------------------------------------------------- classifiers
@@ -154,6 +171,12 @@ def label_everything(seed, settings):
            "train_cls.pooling=bap", "run.workers=2", *settings])
 
 
+def evaluate(detail, settings):
+    stage("eval", f"nal_0{detail}",
+          ["eval.weights=runs/voc2007_nal_0/seg.pt", "eval.panels=0", *FULL,
+           *settings], EVALUATIONS[detail])
+
+
 def table_of_segmenters(runs):
     print("| run | list | images | method | mIoU |\n|---|---|---|---|---|")
     for run in runs:
@@ -179,6 +202,11 @@ def gather(name, folders):
 
 def main(name, settings):
     with ThreadPoolExecutor(JOBS) as pool:
+        if name == "evaluation":
+            list(pool.map(lambda detail: evaluate(detail, settings),
+                          EVALUATIONS))
+            return table_of_segmenters(["nal_0", *(
+                f"nal_0{detail}" for detail in EVALUATIONS)])
         if name in ("segmenters", "nal"):
             seeds = SEEDS if name == "segmenters" else MORE_SEEDS
             for seed in seeds:
@@ -201,7 +229,9 @@ def main(name, settings):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in (
-            "queries", "length", "unaries", "labels", "segmenters", "nal"):
+            "queries", "length", "unaries", "labels", "segmenters", "nal",
+            "evaluation"):
         sys.exit("usage: python benchmarks/voc2007.py queries | length | "
-                 "unaries | labels | segmenters | nal [key=value ...]")
+                 "unaries | labels | segmenters | nal | evaluation "
+                 "[key=value ...]")
     main(sys.argv[1], sys.argv[2:])

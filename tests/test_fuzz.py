@@ -175,6 +175,7 @@ def test_mutated_run_files(tmp_path, monkeypatch, capsys, name):
         line = refusal(use, Path(name).parts[0])
         assert number or line is None
         refused += line is not None
+    capsys.readouterr()  # what use() printed
     with capsys.disabled():
         bites(name, count, refused, RUN_FILES[name][1])
 

@@ -5,8 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+
+import engine
+import eval as evaluation
 
 from tools.shapes import make_shapes
 
@@ -56,6 +61,40 @@ def test_labels_study(folder, monkeypatch, capsys):
     voc2007.main("labels", SMALL)
     assert capsys.readouterr().out == text
     assert times == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.p[tn]*")}
+
+
+def test_evaluation_study(folder, monkeypatch, capsys):
+    """Both details change predictions, and the table is what the runs' files say."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import voc2007
+    small = [*SMALL[:1], *(text.replace("cls", "seg") for text in SMALL[1:7]), "data.root=data", "eval.crf_iterations=1"]
+    voc2007.stage("train_seg", "nal_0", [*small, "train_seg.labels=[SegmentationClass]"])
+    voc2007.stage("eval", "nal_0", [*small, *voc2007.FULL])
+    voc2007.main("evaluation", small)
+    rows = re.findall(r"^\| (nal_0\w*) \| Segmentation/test \| 2 \| (.+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
+    assert [row[0] for row in rows] == ["nal_0", "nal_0_bytes", "nal_0_antialias"]
+    made = {}
+    for run, method, miou in rows:
+        results = json.loads((folder / f"runs/voc2007_{run}/eval.json").read_text())
+        assert miou == f"{results[f'Segmentation/test, {method}']['miou']:.1f}"
+        made[run] = [path.read_bytes() for path in sorted((folder / f"runs/voc2007_{run}/predictions").rglob("*.png"))]
+    assert made["nal_0"] != made["nal_0_bytes"] and made["nal_0"] != made["nal_0_antialias"]
+
+
+def test_details_of_the_evaluation(monkeypatch):
+    """The literal pixels and sizes that the study puts in place of the usual ones."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import voc2007
+    monkeypatch.setattr(evaluation, "dense_crf", lambda image, *others: (image, others))
+    exec(voc2007.CRF_IMAGE, {"s": evaluation})
+    seen, others = evaluation.dense_crf(np.array([[[0, 0, 255], [255, 255, 0]]], np.uint8), 1, 2)
+    assert seen.tolist() == [[[150, 140, 134], [152, 138, 132]]] and others == (1, 2)
+    monkeypatch.setattr(engine, "resized", None)
+    exec(voc2007.ANTIALIAS, {})
+    stripes = (torch.arange(16) % 2 * 255).byte().expand(3, 8, 16)
+    assert engine.resized(stripes, 1.5).shape == (1, 3, 12, 24)
+    assert (engine.resized(stripes, 0.5)[..., 1:-1] - 0.5).abs().max() < 0.1  # a mean of both
 
 
 def test_a_run_that_fails_is_named(folder):

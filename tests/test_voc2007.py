@@ -12,7 +12,6 @@ from conftest import ROOT
 
 import engine
 import eval as evaluation
-
 from tools.shapes import make_shapes
 
 SMALL = ["data.classes=[bar, ring, cross, crescent, vee, wave]", "train_cls.iterations=1", "train_cls.batch=2",
@@ -68,11 +67,12 @@ def test_evaluation_study(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import voc2007
-    small = [*SMALL[:1], *(text.replace("cls", "seg") for text in SMALL[1:7]), "data.root=data", "eval.crf_iterations=1"]
+    small = [*(text.replace("cls.", "seg.") for text in SMALL), "eval.crf_iterations=1"]
     voc2007.stage("train_seg", "nal_0", [*small, "train_seg.labels=[SegmentationClass]"])
     voc2007.stage("eval", "nal_0", [*small, *voc2007.FULL])
     voc2007.main("evaluation", small)
-    rows = re.findall(r"^\| (nal_0\w*) \| Segmentation/test \| 2 \| (.+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
+    table = capsys.readouterr().out
+    rows = re.findall(r"^\| (nal_0\w*) \| Segmentation/test \| 2 \| (.+) \| ([\d.]+) \|$", table, re.M)
     assert [row[0] for row in rows] == ["nal_0", "nal_0_bytes", "nal_0_antialias"]
     made = {}
     for run, method, miou in rows:

@@ -1,6 +1,7 @@
 """The machine fails: full disks, no permission, workers that die. Python's own
 error is the last line, the status 1, and nothing is lost. And Ctrl-C.
 """
+import json
 import os
 import re
 import resource
@@ -92,6 +93,36 @@ def test_a_disk_that_fills_up_while_labels_are_written(folder):
     assert line.startswith("OSError: [Errno 27] File too large: 'runs/shapes/labels/")
     assert not [p for p in (folder / "runs/shapes/labels").rglob("*") if p.name.endswith(".tmp")]
     assert command("make_labels", "run.workers=0", cwd=folder).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk(work, tmp_path, small_disk):
+    """Two checkpoints do not fit on it. The first stays; where there is room, the run goes on from it to the weights
+    of one that never was stopped, and every line of its log can be read."""
+    (tmp_path / "data").symlink_to(work / "data")
+    (tmp_path / "runs").symlink_to(small_disk)
+    for _ in range(2):  # the second time from the first's checkpoint
+        line = last_line(command("train_cls", "run.workers=0", cwd=tmp_path))
+        assert line == "OSError: [Errno 28] No space left on device: 'runs/shapes/cls.pt.partial'"
+        assert models.read_file(small_disk / "shapes/cls.pt.partial")["iteration"] == 2
+        assert not (small_disk / "shapes/cls.pt").exists() and not list(small_disk.rglob("*.tmp"))
+    (tmp_path / "runs").unlink()
+    shutil.copytree(small_disk, tmp_path / "runs")
+    assert command("train_cls", "run.workers=0", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "runs/shapes/cls.pt").read_bytes() == (work / "runs/shapes/cls.pt").read_bytes()
+    lines = (tmp_path / "runs/shapes/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text)["iteration"] for text in lines][-3:] == [4, 6, 8]
 
 
 def test_a_file_where_the_folder_belongs(folder):
@@ -271,29 +302,27 @@ def test_a_killed_stage_leaves_no_process_behind(folder, script, arguments):
         f"/proc/{pid}/cmdline").read_text() for pid in workers))
 
 
-def test_a_second_process_is_told_who_writes_to_the_run(folder):
-    """Killed, the first holds nothing: the second starts at once."""
-    run, stages = folder / "runs/shapes", ("train_cls", "make_labels", "train_seg", "eval")
-    network = models.DeepLab(7, "vgg16_bn", width=0.0625)
-    torch.save(dict(network=dict(kind="DeepLab", backbone="vgg16_bn", width=0.0625), classes=list(SHAPES),
-                    settings={}, model=network.state_dict()), run / "seg.pt")
-    for kind in ("Ycrf", "Yret"):
-        shutil.copytree(folder / "data/shapes/SegmentationClassAug", run / "labels" / kind)
-    first = begin("train_cls", "train_cls.iterations=100000", "run.workers=1", "overwrite=true", cwd=folder)
-    wait_for((run / "cls.pt.partial").exists)
-    options = ["run.workers=0", "overwrite=true", "train_seg.iterations=1", "train_seg.width=0.0625",
-               "train_seg.batch=2"]
-    for second in stages:
-        done = command(second, *options, cwd=folder)
+ENDLESS = {"train_cls": ["train_cls.iterations=100000"], "make_labels": ["make_labels.crf_iterations=1000000"],
+           "train_seg": ["train_seg.iterations=100000"], "eval": ["eval.crf=true", "eval.crf_iterations=1000000"]}
+
+
+@pytest.mark.parametrize("holder", ENDLESS)
+def test_a_second_process_is_told_who_writes_to_the_run(segmented, holder):
+    """For all pairs of stages. Killed, the first holds nothing: the second starts at once."""
+    # Stage 3 learns from the true masks: stage 2 may just have discarded the run's labels.
+    options = [*SEG, "overwrite=true", "train_seg.labels=[SegmentationClassAug]"]
+    first = begin(holder, *options, *ENDLESS[holder], cwd=segmented)
+    lock = segmented / "runs/shapes/lock"
+    wait_for(lambda: lock.read_text().startswith(f"process {first.pid} on "))
+    for second in ENDLESS:
+        done = command(second, *options, cwd=segmented)
         assert done.returncode == 2
         line = done.stderr.strip().splitlines()[-1]
-        assert f"runs/shapes is in use by process {first.pid} on " in line
-        assert f"train_cls.py {SMALL[0]}" in line
+        assert f"runs/shapes is in use by process {first.pid} on " in line and f"{holder}.py {SMALL[0]}" in line
     first.kill()
-    first.communicate()
-    (run / "cls.pt.partial").unlink()
-    for second in stages:
-        done = command(second, *options, cwd=folder)
+    first.wait()
+    for second in ENDLESS:
+        done = command(second, *options, cwd=segmented)
         assert done.returncode == 0, done.stderr
 
 

@@ -69,6 +69,23 @@ def test_ignore_index(name):
         same(name, *random_case(seed=2, ignore_index=index), ignore_index=index)
 
 
+@pytest.mark.parametrize("index", [-1, 3])
+def test_ignore_index_of_cross_entropy(index):
+    cosine, labels, _ = random_case(seed=2, ignore_index=index)
+    same("cross_entropy", cosine, labels, ignore_index=index)
+
+
+def test_confidence_equals_the_equation():
+    """With void pixels, which are in neither S nor ~S."""
+    cosine, y_crf, y_ret = random_case(seed=3)
+    differ = (y_crf != y_ret) & (y_crf != VOID) & (y_ret != VOID)
+    sigma = losses.confidence(cosine, y_crf, differ, gamma=7.0)
+    assert sigma.shape == y_crf.shape and not sigma[~differ].any()
+    for n, y, x in differ.nonzero().tolist():
+        D = [1 + value.item() for value in cosine[n, :, y, x]]
+        assert sigma[n, y, x].item() == pytest.approx((D[y_crf[n, y, x]] / max(D)) ** 7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", TWO_LABELS)
 def test_half_precision_is_only_the_input(name, dtype):

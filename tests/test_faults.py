@@ -312,15 +312,17 @@ def test_a_second_process_is_told_who_writes_to_the_run(segmented, holder):
     # Stage 3 learns from the true masks: stage 2 may just have discarded the run's labels.
     options = [*SEG, "overwrite=true", "train_seg.labels=[SegmentationClassAug]"]
     first = begin(holder, *options, *ENDLESS[holder], cwd=segmented)
-    lock = segmented / "runs/shapes/lock"
-    wait_for(lambda: lock.read_text().startswith(f"process {first.pid} on "))
-    for second in ENDLESS:
-        done = command(second, *options, cwd=segmented)
-        assert done.returncode == 2
-        line = done.stderr.strip().splitlines()[-1]
-        assert f"runs/shapes is in use by process {first.pid} on " in line and f"{holder}.py {SMALL[0]}" in line
-    first.kill()
-    first.wait()
+    try:
+        lock = segmented / "runs/shapes/lock"
+        wait_for(lambda: lock.read_text().startswith(f"process {first.pid} on "))
+        for second in ENDLESS:
+            done = command(second, *options, cwd=segmented)
+            assert done.returncode == 2
+            line = done.stderr.strip().splitlines()[-1]
+            assert f"runs/shapes is in use by process {first.pid} on " in line and f"{holder}.py {SMALL[0]}" in line
+    finally:
+        first.kill()
+        first.wait()
     for second in ENDLESS:
         done = command(second, *options, cwd=segmented)
         assert done.returncode == 0, done.stderr

@@ -118,7 +118,8 @@ def test_torchrun(work, command):
 def test_make():
     """`make demo` is the four commands; `make test` is this."""
     targets = {"demo": [f"{stage}.py" for stage in ("train_cls", "make_labels", "train_seg", "eval")],
-               "test": ["pytest tests"], "voc": ["tools/paper.py"], "voc2007": ["tools/paper.py"]}
+               "test": ["pytest tests"], "coverage": ["pytest tests", "coverage report"],
+               "voc": ["tools/paper.py"], "voc2007": ["tools/paper.py"]}
     for command in (c for c in commands() if c.startswith("make ")):
         said = subprocess.run(["make", "-n", command.split()[1]], cwd=ROOT, capture_output=True, text=True).stdout
         assert all(step in said for step in targets[command.split()[1]])

@@ -171,10 +171,22 @@ def test_bap_share_of_exactly_min_background_is_pooled_plainly():
     features, box = random_features(1, 3, 8, 8), torch.tensor([[0.0, 0, 8, 7]])  # 1/8 background
     same_pooling(features, [box], (8, 8), min_background=0.125)
     features = features.detach()
-    plain, aware = (BAP(min_background=m)(features, [box], (8, 8)) for m in (0.125, 0.124))
+    plain, aware = (bap(features, [box], (8, 8)) for bap in (BAP(), BAP(min_background=0.124)))
     assert torch.equal(plain.attention, reference.outside_boxes(box, (8, 8))[None, None])
     assert (aware.attention[0, 0, :7] > 0).any()
     close(plain.queries, aware.queries)
+
+
+@pytest.mark.parametrize("mean_of_keep, expected", [(0.5e-4, 1 / 2), (2e-4, 1)])
+def test_bap_part_that_looks_like_the_background_is_pooled_plainly(mean_of_keep, expected):
+    """Half of a large box is background to the last digit, the other half differs by e: 1 - A is about e^2 / 2. Up to
+    1e-4 on average the box's feature is the mean of both halves, beyond it is that of the other half."""
+    e = 2 * mean_of_keep ** 0.5
+    features = torch.tensor([1.0, 0], dtype=torch.float64).view(1, 2, 1, 1).repeat(1, 1, 8, 8)
+    features[0, 1, :6, ::2] = e
+    pooled = BAP(grid=1, bins=1)(features, [torch.tensor([[0.0, 0, 8, 6]])], (8, 8))
+    assert (1 - pooled.attention[0, 0, :6]).mean().item() == pytest.approx(mean_of_keep, rel=1e-2)
+    assert pooled.foreground.flatten().tolist() == pytest.approx([1, expected * e])
 
 
 def test_bap_that_is_not_aware_is_average_pooling():

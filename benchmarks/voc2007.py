@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STUDIES = ("queries", "length", "unaries", "labels", "segmenters", "nal",
+           "evaluation")
 JOBS = int(os.environ.get("JOBS", 2))  # runs at a time
 SEEDS = 0, 1, 2
 MORE_SEEDS = 3, 4, 5, 6, 7  # of segmenters, on the labels of seed mod 3
@@ -228,10 +230,7 @@ def main(name, settings):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in (
-            "queries", "length", "unaries", "labels", "segmenters", "nal",
-            "evaluation"):
-        sys.exit("usage: python benchmarks/voc2007.py queries | length | "
-                 "unaries | labels | segmenters | nal | evaluation "
-                 "[key=value ...]")
+    if len(sys.argv) < 2 or sys.argv[1] not in STUDIES:
+        sys.exit("usage: python benchmarks/voc2007.py "
+                 f"{' | '.join(STUDIES)} [key=value ...]")
     main(sys.argv[1], sys.argv[2:])

@@ -1,4 +1,5 @@
 """benchmarks/voc2007.py: a study is carried out on a small set and continued; its table is what the runs' files say."""
+import importlib
 import json
 import re
 import shutil
@@ -33,10 +34,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_labels_study(folder, monkeypatch, capsys):
+@pytest.fixture
+def voc2007(folder, monkeypatch):
+    """The module, in the folder."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import voc2007
+    return importlib.import_module("voc2007")
+
+
+def test_labels_study(voc2007, folder, monkeypatch, capsys):
     monkeypatch.setattr(voc2007, "SEEDS", (1,))
     monkeypatch.delitem(voc2007.ROWS, "_nothing")
     voc2007.main("labels", SMALL)
@@ -62,11 +68,8 @@ def test_labels_study(folder, monkeypatch, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.p[tn]*")}
 
 
-def test_evaluation_study(folder, monkeypatch, capsys):
+def test_evaluation_study(voc2007, folder, capsys):
     """Both details change predictions, and the table is what the runs' files say."""
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import voc2007
     small = [*(text.replace("cls.", "seg.") for text in SMALL), "eval.crf_iterations=1"]
     voc2007.stage("train_seg", "nal_0", [*small, "train_seg.labels=[SegmentationClass]"])
     voc2007.stage("eval", "nal_0", [*small, *voc2007.FULL])
@@ -82,10 +85,8 @@ def test_evaluation_study(folder, monkeypatch, capsys):
     assert made["nal_0"] != made["nal_0_bytes"] and made["nal_0"] != made["nal_0_antialias"]
 
 
-def test_details_of_the_evaluation(monkeypatch):
+def test_details_of_the_evaluation(voc2007, monkeypatch):
     """The literal pixels and sizes that the study puts in place of the usual ones."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import voc2007
     monkeypatch.setattr(evaluation, "dense_crf", lambda image, *others: (image, others))
     exec(voc2007.CRF_IMAGE, {"s": evaluation})
     seen, others = evaluation.dense_crf(np.array([[[0, 0, 255], [255, 255, 0]]], np.uint8), 1, 2)

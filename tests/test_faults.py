@@ -48,14 +48,22 @@ SEG = ["run.workers=0", "train_seg.iterations=2", "train_seg.width=0.0625", "tra
        "eval.panels=0"]
 
 
-@pytest.fixture
-def segmented(folder):
-    """A folder where every stage has run."""
+@pytest.fixture(scope="module")
+def all_stages(work, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all")
+    shutil.copytree(work, folder, dirs_exist_ok=True)
     for script in ("make_labels", "train_seg", "eval"):
         done = command(script, *SEG, cwd=folder)
         assert done.returncode == 0, done.stderr
     shutil.rmtree(folder / "runs/shapes/predictions")
     return folder
+
+
+@pytest.fixture
+def segmented(all_stages, tmp_path):
+    """A folder where every stage has run."""
+    shutil.copytree(all_stages, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 def command(script, *arguments, cwd, before=(), preexec_fn=None):

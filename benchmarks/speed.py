@@ -1,6 +1,7 @@
 """Time and peak memory of every part, next to its floor and to the naive form in naive.py, on the machine at hand.
 
-    python benchmarks/speed.py            everything
+    python benchmarks/speed.py            everything but the next line
+    python benchmarks/speed.py recipes    a training step of each file in configs/, at its own batch
     python benchmarks/speed.py plot       docs/speed.png alone
 
 Each row times its columns in turn, several rounds in one run, and takes medians: the ratios are the figures. The
@@ -45,6 +46,7 @@ CROP, SIZE, CLASSES = 321, (375, 500), 20
 # Of the chart: boxes in two crops, sides of an image, labels.
 COUNTS, SIDES, LABELS = (1, 5, 20, 50, 100, 200), (128, 192, 256, 384, 512), (2, 5, 20, 50, 100, 200)
 WORKERS = min(8, os.cpu_count() or 1)  # run.workers of configs/voc_vgg16.yaml
+RECIPES = "voc2007", "voc_vgg16", "voc_resnet101", "your_data"  # files of configs/
 FORMS = "fp32", "bf16", "bf16, compiled"  # of a training step; its floor is at the same precision, not compiled
 
 
@@ -313,6 +315,60 @@ def training():
     return rates
 
 
+def recipe_step(config, script, form):
+    """A whole training step of a recipe's stage, on random crops, with the recipe's own optimizer."""
+    s, classes = getattr(config, script), len(config.data.classes)
+    crop = s.crop, s.crop
+    if script == "train_cls":
+        network = models.BoxClassifier(classes, s.backbone, "none", width=s.width, dropout=s.dropout)
+        boxes = [random_boxes(3, crop, i) for i in range(s.batch)]
+        batch = dict(boxes=boxes, labels=[torch.ones(3, dtype=torch.int64)] * s.batch,
+                     background=models.outside_boxes(boxes, crop).byte())
+        loss = train_cls.objective
+    else:
+        network = models.DeepLab(1 + classes, s.backbone, "none", width=s.width, dropout=s.dropout)
+        labels = labels_of((s.batch, *crop), 1 + classes)
+        batch = {}
+        loss = lambda n, b: {"loss": train_seg.segmentation_loss(s, n(b["image"]), *labels)}  # noqa: E731
+    network = engine.for_training(config, s, network)
+    optimizer = engine.build_optimizer(network, s)
+    images = torch.randint(0, 256, (s.batch, 3, *crop), dtype=torch.uint8)
+    batch["image"] = images.to(DEVICE, memory_format=torch.channels_last)
+
+    def step():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=form == "bf16"):
+            value = loss(network, batch)["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+    return step
+
+
+def recipes(names=RECIPES):
+    """Memory is all that torch allocates on the GPU: weights, optimizer, activations."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as runs.py does, for the deterministic columns
+    title("training step", "crops", "fp32, s", "bf16, s", "fp32, deterministic, s", "bf16, deterministic, s",
+          "fp32, MB", "bf16, MB")
+    for name in names:
+        config = settings.read("eval", [str(ROOT / "configs" / f"{name}.yaml")])
+        config.device = DEVICE
+        for script in ("train_cls", "train_seg"):
+            s, times, memory = getattr(config, script), [], []
+            for deterministic in (False, True):
+                torch.use_deterministic_algorithms(deterministic)
+                torch.backends.cudnn.benchmark = not deterministic
+                for form in FORMS[:2]:
+                    step = recipe_step(config, script, form)
+                    times += clock(step, rounds=10 if GPU else 2)
+                    if GPU and not deterministic:
+                        torch.cuda.reset_peak_memory_stats()
+                        step()
+                        memory.append(f"{torch.cuda.max_memory_allocated() / 1e6:,.0f}")
+                    del step
+            torch.use_deterministic_algorithms(False)
+            row(f"{name}, {script}, {s.backbone}", f"{s.batch} of {s.crop}", *times, *(memory or ("", "")))
+
+
 def pooling_and_loss():
     title("part, forward and backward", "s", "naive, s", "gain", "MB", "naive, MB")
     ours, theirs = clock(bap_case(), bap_case(form=naive.bap))
@@ -416,6 +472,8 @@ def main():
     print(f"{machine()}; torch {torch.__version__}")
     if sys.argv[1:] == ["plot"]:
         return scaling()
+    if sys.argv[1:] == ["recipes"]:
+        return recipes()
     torch.backends.cudnn.benchmark = True  # as engine.train does
     steps = training()
     pooling_and_loss()

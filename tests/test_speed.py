@@ -44,6 +44,20 @@ def test_every_table(speed, monkeypatch, capsys, tmp_path):
     assert (tmp_path / "docs/speed.png").stat().st_size > 10_000
 
 
+def test_recipes(speed, capsys, tmp_path):
+    """A step of both stages of a small recipe; all files of configs/ but the demo's are measured."""
+    files = {file.stem for file in (ROOT / "configs").iterdir()}
+    assert set(speed.RECIPES) == files - {"shapes"}
+    (tmp_path / "configs").mkdir()
+    sizes = "{batch: 2, crop: 65, width: 0.0625}"
+    (tmp_path / "configs/tiny.yaml").write_text(f"train_cls: {sizes}\ntrain_seg: {sizes}\n")
+    speed.recipes(["tiny"])
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    for script, row in zip(("train_cls", "train_seg"), rows, strict=True):
+        assert row.startswith(f"| tiny, {script}, vgg16 | 2 of 65 | 1 | 1 | 1 | 1 |")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's peak is counted by torch")
 def test_peak_memory_of_what_is_known(speed, monkeypatch):
     """100 MB that are there for a moment."""

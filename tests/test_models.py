@@ -1,4 +1,5 @@
 """models.py: pooling and upsampling against the equations in reference.py, and the networks' facts."""
+import copy
 import os
 import shutil
 import subprocess
@@ -734,6 +735,32 @@ def test_timm_from_a_file():
     assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in held.items())
     assert model.mean.unique().tolist() == model.std.unique().tolist() == [0.5]
     assert model.eval()(random_images(1, 3, 50, 65)).shape == (1, 3, 50, 65)
+
+
+@pytest.mark.parametrize("kernel, dilation, bias", [(3, 2, False), (5, 2, True), (5, 4, False)])
+@pytest.mark.parametrize("training", [True, False])
+def test_dilated_depthwise(kernel, dilation, bias, training):
+    """It is nn.Conv2d, with its gradients."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 6, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=6, bias=bias).double()
+    ours = copy.deepcopy(plain).train(training)
+    ours.__class__ = models.DilatedDepthwise
+    x, weights = torch.randn(2, 2, 6, 9, 13, dtype=torch.float64).unbind()
+    results = []
+    for layer in (plain, ours):
+        image = x.clone().requires_grad_()
+        out = layer(image)
+        (out * weights).sum().backward()
+        results.append([out, image.grad, *(p.grad for p in layer.parameters())])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_dilated_depthwise_layer_of_timm_is_quick():
+    pytest.importorskip("timm")
+    network = DeepLab(3, "timm/tf_efficientnet_lite0")
+    dilated = [m for m in network.backbone.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and m.dilation[0] > 1]
+    assert len(dilated) >= 7 and all(type(m) is models.DilatedDepthwise for m in dilated)
 
 
 BF16_GRADIENTS = """

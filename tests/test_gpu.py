@@ -1,9 +1,12 @@
 """What can be known of a GPU without one: tensors that have a device and a shape, but no numbers, need none.
 
-Where each operation runs and what waits for the GPU is seen; numbers, speed and the backward pass are not.
+Where each operation runs and what waits for the GPU is seen; numbers, speed and the backward pass are not. The tests at
+the end show numbers, and are skipped without a GPU.
 """
 import pytest
 import torch
+from conftest import script
+from test_kill import SMALL
 from test_models import pooling_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -101,3 +104,67 @@ def test_the_segmenters_losses_wait_for_nothing(on_gpu, loss):
     value, found = on_gpu(make, losses)
     assert value.device.type == "cuda"
     assert found == []
+
+
+# ---- on a GPU ----
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def training(stage, device):
+    """-> (a small network on the device, its loss as a function without arguments)"""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, *SIZE), dtype=torch.uint8)
+    y_crf, y_ret = torch.randint(4, (2, 2, *SIZE)).to(device)
+    boxes = [torch.tensor([[3.0, 4, 40, 50], [10, 10, 30, 60]]), torch.zeros(0, 4)]
+    batch = dict(image=images.to(device), boxes=boxes, labels=[torch.ones(len(b), dtype=torch.int64) for b in boxes],
+                 background=models.outside_boxes(boxes, SIZE).byte())
+    if stage == "train_cls":
+        network = models.BoxClassifier(3, width=0.125, dropout=0).train().to(device)
+        return network, lambda: train_cls.objective(network, batch)["loss"]
+    network = models.DeepLab(4, width=0.125, dropout=0).train().to(device)
+    return network, lambda: train_seg.segmentation_loss(settings.TrainSeg(), network(batch["image"]), y_crf, y_ret)
+
+
+def loss_and_gradient(stage, device, bf16=False):
+    network, loss = training(stage, device)
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        value = loss()
+    value.backward()
+    return torch.cat([value.detach()[None], *(p.grad.flatten() for p in network.parameters())]).cpu().double()
+
+
+@needs_gpu
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-4), (True, 0.3)])
+@pytest.mark.parametrize("stage", ["train_cls", "train_seg"])
+def test_loss_and_gradient_are_those_of_the_cpu(monkeypatch, stage, bf16, tolerance):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    expected, got = loss_and_gradient(stage, "cpu"), loss_and_gradient(stage, "cuda", bf16)
+    assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@needs_gpu
+@pytest.mark.parametrize("stage", ["train_cls", "train_seg"])
+def test_a_training_step_waits_for_nothing(stage):
+    network, loss = training(stage, "cuda")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    try:
+        for mode in ("default", "error"):  # the first step sets things up
+            torch.cuda.set_sync_debug_mode(mode)
+            optimizer.zero_grad(set_to_none=True)
+            loss().backward()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_deterministic_runs_are_equal(tmp_path):
+    """Both trainings, twice, bit for bit."""
+    for name in ("first", "second"):
+        for stage in ("train_cls", "make_labels", "train_seg"):
+            run = script(stage, *SMALL, f"run.name={name}", "data.train=val", "data.val=", cwd=tmp_path)
+            assert run.returncode == 0, run.stderr
+    for file in ("cls.pt", "seg.pt"):
+        first, second = (models.read_file(tmp_path / "runs" / name / file)["model"] for name in ("first", "second"))
+        assert all(torch.equal(first[key], second[key]) for key in first)

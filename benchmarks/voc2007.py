@@ -86,8 +86,10 @@ def study(name):
     if name == "length":
         return [(f"length_{n}", [*CHOOSE, f"train_cls.iterations={n}"],
                  {"": []}, "") for n in (2000, 4000)]
-    if name == "unaries":  # of a network of `length`
-        return [("length_2000", [*CHOOSE, "train_cls.iterations=2000"],
+    if name == "unaries":  # of BAP's network of `length`, and of GAP's
+        settings = [*CHOOSE, "train_cls.iterations=2000"]
+        return [("length_2000", settings, UNARIES, ""),
+                ("length_gap_2000", [*settings, "train_cls.pooling=gap"],
                  UNARIES, "")]
     return [(f"{pooling}_{seed}",
              [*REPORT, f"run.seed={seed}", f"train_cls.pooling={pooling}"],

@@ -68,6 +68,16 @@ def test_labels_study(voc2007, folder, monkeypatch, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.p[tn]*")}
 
 
+def test_choices_are_made_apart_from_what_is_reported(voc2007):
+    """Networks of other lists, scored on others; a run's name stands for the same settings in every study."""
+    trained: dict = {}
+    for name in ("queries", "length", "unaries", "labels"):
+        for run, settings, _, _ in voc2007.study(name):
+            assert (voc2007.REPORT[0] if name == "labels" else "data.train=Main/train") in settings
+            assert trained.setdefault(run, settings) == settings
+    assert not any("test" in text for text in voc2007.CHOOSE)
+
+
 def test_evaluation_study(voc2007, folder, capsys):
     """Both details change predictions, and the table is what the runs' files say."""
     small = [*(text.replace("cls.", "seg.") for text in SMALL), "eval.crf_iterations=1"]

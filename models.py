@@ -409,44 +409,11 @@ def resnet(name: str) -> nn.Sequential:
     return body
 
 
-def reach(weight, dilation):
-    """Of a kernel, from its centre to its edge."""
-    return dilation * (weight.shape[2] // 2)
-
-
-def depthwise(x, weight, dilation):
-    """A depthwise convolution that keeps the size. Were the padding left to
-    the convolution, oneDNN would be up to four times slower.
-    """
-    x = F.pad(x, (reach(weight, dilation),) * 4)
-    return F.conv2d(x, weight, dilation=dilation, groups=len(weight))
-
-
-class QuickDepthwise(torch.autograd.Function):
-    """depthwise, for training: the gradient of x is the same convolution with
-    the kernel turned by 180 degrees, and as quick.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, dilation):
-        ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
-        return depthwise(x, weight, dilation)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x, weight), dilation = ctx.saved_tensors, ctx.dilation
-        of_x = depthwise(gradient, weight.flip(2, 3), dilation)
-        of_weight = nn.grad.conv2d_weight(
-            x, weight.shape, gradient, padding=reach(weight, dilation),
-            dilation=dilation, groups=len(weight))
-        return of_x, of_weight, None
-
-
 class DilatedDepthwise(nn.Conv2d):
-    """Of stride 1. Stays in float32 under a CPU's autocast: in bfloat16 and
+    """On a CPU it stays in float32 under autocast: in bfloat16 and
     channels_last, oneDNN 3.13 (torch 2.15) adds memory that was never written
-    to the gradient of its weights.
+    to the gradient of its weights. And it pads by itself, but for training,
+    where oneDNN's own padding by more than 4 cells is slow.
     """
 
     def forward(self, x):
@@ -454,10 +421,13 @@ class DilatedDepthwise(nn.Conv2d):
             return super().forward(x)
         if torch.is_autocast_enabled("cpu"):
             x = x.float()
-        convolve = QuickDepthwise.apply if self.training else depthwise
         with torch.autocast("cpu", enabled=False):
-            y = convolve(x, self.weight, self.dilation[0])
-            return y if self.bias is None else y + self.bias[:, None, None]
+            if self.training or max(self.padding) <= 4:
+                return super().forward(x)
+            rows, columns = self.padding
+            x = F.pad(x, (columns, columns, rows, rows))
+            return F.conv2d(x, self.weight, self.bias, self.stride, 0,
+                            self.dilation, self.groups)
 
 
 def timm_backbone(name, source, state):
@@ -482,8 +452,8 @@ def timm_backbone(name, source, state):
         words = " ".join(str(error).split())
         raise WeightsError(f"backbone timm/{name}: {words}") from None
     for m in module.modules():
-        alone = type(m) is nn.Conv2d and m.groups == m.in_channels > 1
-        if alone and m.dilation != (1, 1):
+        depthwise = type(m) is nn.Conv2d and m.groups == m.in_channels > 1
+        if depthwise and m.dilation != (1, 1):
             m.__class__ = DilatedDepthwise
     module.channels = module.feature_info.channels()[-1]
     made = timm.get_pretrained_cfg(name)

@@ -1,6 +1,6 @@
 """Time and peak memory of every part, next to its floor and to the naive form in naive.py, on the machine at hand.
 
-    python benchmarks/speed.py            everything but the next line
+    python benchmarks/speed.py            everything but recipes
     python benchmarks/speed.py recipes    a training step of each file in configs/, at its own batch
     python benchmarks/speed.py plot       docs/speed.png alone
 
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -117,29 +118,32 @@ def labels_of(shape, labels, differ=0.2):
     return y[0].to(DEVICE), torch.where(torch.rand(shape, generator=g) < differ, y[1], y[0]).to(DEVICE)
 
 
-def stage_1(form):
-    """-> (a whole training step, the backbone's forward and backward)."""
-    s = settings.TrainCls()
-    network = models.BoxClassifier(CLASSES).train().to(DEVICE, memory_format=torch.channels_last)
-    boxes = [random_boxes(5 if i % 2 else 0, (CROP, CROP), i) for i in range(BATCH)]
+def stage_1(form, s=None, classes=CLASSES):
+    """-> (a whole training step, the backbone's forward and backward), with settings s."""
+    s = s or settings.TrainCls(batch=BATCH, crop=CROP)
+    network = models.BoxClassifier(classes, s.backbone, width=s.width, dropout=s.dropout)
+    boxes = [random_boxes(5 if i % 2 else 0, (s.crop, s.crop), i) for i in range(s.batch)]
     batch = dict(boxes=boxes, labels=[torch.ones(len(b), dtype=torch.int64) for b in boxes],
-                 background=models.outside_boxes(boxes, (CROP, CROP)).byte())
+                 background=models.outside_boxes(boxes, (s.crop, s.crop)).byte())
     return training_step(s, network, batch, train_cls.objective, form)
 
 
-def stage_3(form):
-    s = settings.TrainSeg()
-    network = models.DeepLab(1 + CLASSES).train().to(DEVICE, memory_format=torch.channels_last)
-    y_crf, y_ret = labels_of((BATCH, CROP, CROP), 1 + CLASSES)
+def stage_3(form, s=None, classes=CLASSES):
+    s = s or settings.TrainSeg(batch=BATCH, crop=CROP)
+    network = models.DeepLab(1 + classes, s.backbone, width=s.width, dropout=s.dropout)
+    y_crf, y_ret = labels_of((s.batch, s.crop, s.crop), 1 + classes)
     loss = lambda network, b: {"loss": train_seg.segmentation_loss(s, network(b["image"]), y_crf, y_ret)}  # noqa: E731
     return training_step(s, network, {}, loss, form)
 
 
 def training_step(s, network, batch, loss, form):
-    optimizer = torch.optim.SGD(network.parameter_groups(s.lr, s.decay), lr=s.lr, momentum=s.momentum)
-    image = torch.randint(0, 256, (BATCH, 3, CROP, CROP), dtype=torch.uint8)
+    network.freeze_norm = s.freeze_norm  # as with pretrained weights
+    network.train().to(DEVICE, memory_format=torch.channels_last)
+    optimizer = engine.build_optimizer(network, s)
+    shape = s.batch, 3, s.crop, s.crop
+    image = torch.randint(0, 256, shape, dtype=torch.uint8)
     batch["image"] = image.to(DEVICE, memory_format=torch.channels_last)
-    normal = torch.randn(BATCH, 3, CROP, CROP, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    normal = cache(lambda: torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last))
     autocast = lambda: torch.autocast(DEVICE.type, torch.bfloat16, enabled="bf16" in form)  # noqa: E731
     backbone = network.backbone.forward  # the floor is never compiled
     if "compile" in form:
@@ -154,7 +158,7 @@ def training_step(s, network, batch, loss, form):
 
     def floor():
         with autocast():
-            features = backbone(normal)
+            features = backbone(normal())
         network.backbone.zero_grad(set_to_none=True)
         features.backward(features.detach())
 
@@ -315,35 +319,6 @@ def training():
     return rates
 
 
-def recipe_step(config, script, form):
-    """A whole training step of a recipe's stage, on random crops, with the recipe's own optimizer."""
-    s, classes = getattr(config, script), len(config.data.classes)
-    crop = s.crop, s.crop
-    if script == "train_cls":
-        network = models.BoxClassifier(classes, s.backbone, "none", width=s.width, dropout=s.dropout)
-        boxes = [random_boxes(3, crop, i) for i in range(s.batch)]
-        batch = dict(boxes=boxes, labels=[torch.ones(3, dtype=torch.int64)] * s.batch,
-                     background=models.outside_boxes(boxes, crop).byte())
-        loss = train_cls.objective
-    else:
-        network = models.DeepLab(1 + classes, s.backbone, "none", width=s.width, dropout=s.dropout)
-        labels = labels_of((s.batch, *crop), 1 + classes)
-        batch = {}
-        loss = lambda n, b: {"loss": train_seg.segmentation_loss(s, n(b["image"]), *labels)}  # noqa: E731
-    network = engine.for_training(config, s, network)
-    optimizer = engine.build_optimizer(network, s)
-    images = torch.randint(0, 256, (s.batch, 3, *crop), dtype=torch.uint8)
-    batch["image"] = images.to(DEVICE, memory_format=torch.channels_last)
-
-    def step():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=form == "bf16"):
-            value = loss(network, batch)["loss"]
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        optimizer.step()
-    return step
-
-
 def recipes(names=RECIPES):
     """Memory is all that torch allocates on the GPU: weights, optimizer, activations."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as runs.py does, for the deterministic columns
@@ -351,14 +326,13 @@ def recipes(names=RECIPES):
           "fp32, MB", "bf16, MB")
     for name in names:
         config = settings.read("eval", [str(ROOT / "configs" / f"{name}.yaml")])
-        config.device = DEVICE
-        for script in ("train_cls", "train_seg"):
-            s, times, memory = getattr(config, script), [], []
+        for stage, s in ((stage_1, config.train_cls), (stage_3, config.train_seg)):
+            times, memory = [], []
             for deterministic in (False, True):
                 torch.use_deterministic_algorithms(deterministic)
                 torch.backends.cudnn.benchmark = not deterministic
                 for form in FORMS[:2]:
-                    step = recipe_step(config, script, form)
+                    step, _ = stage(form, s, len(config.data.classes))
                     times += clock(step, rounds=10 if GPU else 2)
                     if GPU and not deterministic:
                         torch.cuda.reset_peak_memory_stats()
@@ -366,7 +340,7 @@ def recipes(names=RECIPES):
                         memory.append(f"{torch.cuda.max_memory_allocated() / 1e6:,.0f}")
                     del step
             torch.use_deterministic_algorithms(False)
-            row(f"{name}, {script}, {s.backbone}", f"{s.batch} of {s.crop}", *times, *(memory or ("", "")))
+            row(f"{name}, {stage.__name__}, {s.backbone}", f"{s.batch} of {s.crop}", *times, *(memory or ("", "")))
 
 
 def pooling_and_loss():
@@ -377,6 +351,20 @@ def pooling_and_loss():
     row("NAL, 20 x 21 x 321 x 321", ours, theirs, theirs / ours, peak("NAL"), peak("NAL naive"))
     logits = 20 * 21 * CROP * CROP * 4 / 1e6
     print(f"\nThe cosines of that NAL are {logits:.0f} MB, their gradient as much.")
+
+
+def depthwise(cells=(47, 63)):
+    """Layers of EfficientNet-Lite0 at stride 8, as a CPU computes them in evaluation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    title("dilated depthwise convolution of a 375 x 500 image, one core", "s", "nn.Conv2d, s", "gain")
+    for channels, kernel, dilation in ((672, 5, 2), (1152, 5, 4), (1152, 3, 4)):
+        layer = models.DilatedDepthwise(channels, channels, kernel, padding=dilation * (kernel // 2), dilation=dilation,
+                                        groups=channels).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        x = torch.randn(1, channels, *cells).contiguous(memory_format=torch.channels_last)
+        ours, theirs = clock(partial(layer, x), partial(nn.Conv2d.forward, layer, x), rounds=10)
+        row(f"{channels} channels, kernel {kernel}, dilation {dilation}", ours, theirs, theirs / ours)
+    torch.set_num_threads(threads)
 
 
 def input_pipeline():
@@ -477,6 +465,8 @@ def main():
     torch.backends.cudnn.benchmark = True  # as engine.train does
     steps = training()
     pooling_and_loss()
+    if not GPU:
+        depthwise()
     inputs = input_pipeline()
     with tempfile.TemporaryDirectory() as folder:
         label, plain = labelling(Path(folder)), evaluating(Path(folder))

@@ -737,15 +737,17 @@ def test_timm_from_a_file():
     assert model.eval()(random_images(1, 3, 50, 65)).shape == (1, 3, 50, 65)
 
 
-@pytest.mark.parametrize("kernel, dilation, bias", [(3, 2, False), (5, 2, True), (5, 4, False)])
+@pytest.mark.parametrize("kernel, dilation, bias", [
+    ((3, 3), (2, 2), False), ((5, 5), (2, 2), True), ((5, 5), (4, 4), False), ((1, 9), (1, 2), True)])
 @pytest.mark.parametrize("training", [True, False])
 def test_dilated_depthwise(kernel, dilation, bias, training):
     """It is nn.Conv2d, with its gradients."""
     torch.manual_seed(0)
-    plain = nn.Conv2d(6, 6, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=6, bias=bias).double()
+    padding = [rate * (side // 2) for side, rate in zip(kernel, dilation)]
+    plain = nn.Conv2d(6, 6, kernel, padding=padding, dilation=dilation, groups=6, bias=bias).double()
     ours = copy.deepcopy(plain).train(training)
     ours.__class__ = models.DilatedDepthwise
-    x, weights = torch.randn(2, 2, 6, 9, 13, dtype=torch.float64).unbind()
+    x, weights = torch.randn(2, 2, 6, 9, 13).double()
     results = []
     for layer in (plain, ours):
         image = x.clone().requires_grad_()
@@ -756,7 +758,7 @@ def test_dilated_depthwise(kernel, dilation, bias, training):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_dilated_depthwise_layer_of_timm_is_quick():
+def test_every_dilated_depthwise_layer_of_timm_is_ours():
     pytest.importorskip("timm")
     network = DeepLab(3, "timm/tf_efficientnet_lite0")
     dilated = [m for m in network.backbone.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and m.dilation[0] > 1]

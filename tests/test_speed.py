@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 import models
+import settings
 
 
 def once(*functions, rounds=5):
@@ -22,9 +23,12 @@ def speed(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import speed
     monkeypatch.setattr(speed, "clock", once)
+    monkeypatch.setattr(speed, "depthwise", partial(speed.depthwise, cells=(9, 12)))
     monkeypatch.setattr(speed, "FORMS", speed.FORMS[:2])  # compiling takes a minute
     for name, value in dict(CROP=65, SIZE=(75, 100), COUNTS=(1, 5), SIDES=(64, 96), LABELS=(2, 5)).items():
         monkeypatch.setattr(speed, name, value)
+    for kind in ("TrainCls", "TrainSeg"):
+        monkeypatch.setattr(speed.settings, kind, partial(getattr(settings, kind), width=0.0625))
     for network in ("BoxClassifier", "DeepLab"):
         monkeypatch.setattr(speed.models, network, partial(getattr(models, network), width=0.0625))
     monkeypatch.setattr(speed, "ROOT", tmp_path)
@@ -37,8 +41,8 @@ def test_every_table(speed, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["speed.py"])
     speed.main()
     said = capsys.readouterr().out
-    for text in ("stage 1, fp32", "stage 3, bf16", "BAP, 20 x 1024", "NAL, 20 x 21", "stage 3, two masks", "dense CRF",
-                 "eight views", "21 labels", "stage 3: 23,805 x 20 crops"):
+    for text in ("stage 1, fp32", "stage 3, bf16", "BAP, 20 x 1024", "NAL, 20 x 21", "1152 channels, kernel 5",
+                 "stage 3, two masks", "dense CRF", "eight views", "21 labels", "stage 3: 23,805 x 20 crops"):
         assert f"| {text}" in said
     assert all(line.count("|") > 2 for line in said.splitlines() if line.startswith("|"))
     assert (tmp_path / "docs/speed.png").stat().st_size > 10_000
@@ -53,8 +57,8 @@ def test_recipes(speed, capsys, tmp_path):
     (tmp_path / "configs/tiny.yaml").write_text(f"train_cls: {sizes}\ntrain_seg: {sizes}\n")
     speed.recipes(["tiny"])
     rows = capsys.readouterr().out.splitlines()[-2:]
-    for script, row in zip(("train_cls", "train_seg"), rows, strict=True):
-        assert row.startswith(f"| tiny, {script}, vgg16 | 2 of 65 | 1 | 1 | 1 | 1 |")
+    for stage, row in zip(("stage_1", "stage_3"), rows, strict=True):
+        assert row.startswith(f"| tiny, {stage}, vgg16 | 2 of 65 | 1 | 1 | 1 | 1 |")
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -7,9 +7,11 @@ thread each. (With a GPU: JOBS=4 in the environment, run.workers=4.)
                  feature cell, or a whole one
     length       stage 1 with 16,000 and with 32,000 crops
     unaries      the classifier's logits instead of {u0, u_c}: k, d, sizes
+    seg_length   stage 3 with 6,000 and with 12,000 crops: needs `length`
     labels       average pooling and BAP, three seeds; BAP with and without
-                 u0 and its threshold
+                 u0 and its threshold; both with what `unaries` chose
     segmenters   losses and labels of stage 3, three seeds: needs the labels
+    improved     of labels with what `unaries` chose, three seeds: the same
     nal          the noise-aware loss and cross-entropy, five seeds more
     evaluation   details of the final evaluation, of the segmenter nal_0
 
@@ -26,14 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("queries", "length", "unaries", "labels", "segmenters", "nal",
-           "evaluation")
+STUDIES = ("queries", "length", "unaries", "seg_length", "labels",
+           "segmenters", "improved", "nal", "evaluation")
 JOBS = int(os.environ.get("JOBS", 2))  # runs at a time
 SEEDS = 0, 1, 2
 MORE_SEEDS = 3, 4, 5, 6, 7  # of segmenters, on the labels of seed mod 3
 # Choices are made with networks that never saw the list they are scored on.
-CHOOSE = ["data.train=Main/train", "data.val=Segmentation/val",
-          "make_labels.splits=[Segmentation/val]"]
+APART = ["data.train=Main/train", "data.val=Segmentation/val"]
+CHOOSE = [*APART, "make_labels.splits=[Segmentation/val]"]
 REPORT = ["make_labels.splits=[Segmentation/trainval, Segmentation/test]"]
 QUERIES = {"any": 1e-5, "half": 0.5, "whole": 1.0}  # feature cells
 ROWS = {"": [], "_nou0": ["make_labels.u0=false"],
@@ -45,6 +47,7 @@ UNARIES = {"_attention": []} | {
     for k, d, sizes in ((0.3, 4, [1]), (0.3, 3, [1, 1.5, 2]),
                         (0.3, 4, [1, 1.5, 2]), (0.3, 5, [1, 1.5, 2]),
                         (0.15, 4, [1, 1.5, 2]), (0.6, 4, [1, 1.5, 2]))}
+IMPROVED = UNARIES["_k0.3_d4_3"]
 # Each checkpoint stays, as seg_ITERATION.pt, for benchmarks/sigma.py.
 KEEP = """
 save = runs.save
@@ -93,7 +96,7 @@ def study(name):
                  UNARIES, "")]
     return [(f"{pooling}_{seed}",
              [*REPORT, f"run.seed={seed}", f"train_cls.pooling={pooling}"],
-             rows, "") for seed in SEEDS
+             rows | {"_improved": IMPROVED}, "") for seed in SEEDS
             for pooling, rows in (("gap", {"": []}), ("bap", ROWS))]
 
 
@@ -117,14 +120,17 @@ def stage(script, run, settings, before=""):
                  f"{done.returncode}")
 
 
+def weights_of(run):
+    return f"make_labels.weights=runs/voc2007_{run}/cls.pt"
+
+
 def classify(run, settings, rows, before):
     """A classifier, and at once the labels of each row that it makes: it has
     its scores before another begins."""
     stage("train_cls", run, settings, before)
     for row, changes in rows.items():
-        weights = [f"make_labels.weights=runs/voc2007_{run}/cls.pt"]
-        stage("make_labels", run + row,
-              settings + changes + (weights if row else []), before)
+        weights = [weights_of(run)] if row else []
+        stage("make_labels", run + row, settings + changes + weights, before)
 
 
 def table_of_labels(classifiers):
@@ -142,37 +148,59 @@ def table_of_labels(classifiers):
 
 # ----------------------------------------------------------------- segmenters
 
-def segmenters(seed):
-    """{row: settings of train_seg}, of the labels of BAP's classifier."""
-    folder = f"runs/voc2007_bap_{seed % len(SEEDS)}/labels"
-    both = f"train_seg.labels=[{folder}/Ycrf, {folder}/Yret]"
-    masks = "data.masks=Segmentation/trainval"
-    losses = {"nal": [both], "crf": [both, "train_seg.loss=crf"]}
-    return losses if seed in MORE_SEEDS else losses | {
-        "masks": ["train_seg.labels=[SegmentationClass]",
-                  "data.train=Segmentation/trainval"],
-        "boxes": [f"train_seg.labels=[{folder}/box]"],
-        "masks_and_boxes": [both, masks],
-        "ret": [both, "train_seg.loss=ret"],
-        "agree": [both, "train_seg.loss=agree"]}
+def segmenters(name):
+    """A study's segmenters, seed by seed: (the run whose labels they learn
+    from, its settings, {run: settings of train_seg}).
+    """
+    if name == "seg_length":
+        run = "length_2000"
+        return [(run, [*APART, "make_labels.splits=[Main/train]",
+                       "train_cls.iterations=2000"],
+                 {f"seg_length_{n}": [
+                     *APART, learns_from(run), "train_seg.loss=crf",
+                     f"train_seg.iterations={n}"] for n in (750, 1500)})]
+    groups, kind = [], "_improved" if name == "improved" else ""
+    for seed in MORE_SEEDS if name == "nal" else SEEDS:
+        classifier = f"bap_{seed % len(SEEDS)}"
+        labels = ["make_labels.splits=[Main/trainval]",
+                  f"run.seed={seed % len(SEEDS)}", "train_cls.pooling=bap"]
+        if kind:
+            labels += [*IMPROVED, weights_of(classifier)]
+        rows = losses_and_labels(classifier + kind)
+        if name != "segmenters":
+            rows = {row: rows[row] for row in ("nal", "crf")}
+        groups.append((classifier + kind, labels, {
+            f"{row}_{seed}{kind}": [f"run.seed={seed}", *changes]
+            for row, changes in rows.items()}))
+    return groups
 
 
-def segment(seed, row, changes):
-    run, before = f"{row}_{seed}", ""
-    settings = [f"run.seed={seed}", "eval.panels=0", *changes]
+def learns_from(run, *kinds):
+    folders = [f"runs/voc2007_{run}/labels/{kind}"
+               for kind in kinds or ("Ycrf", "Yret")]
+    return f"train_seg.labels=[{', '.join(folders)}]"
+
+
+def losses_and_labels(run):
+    both = learns_from(run)
+    return {"nal": [both],
+            "crf": [both, "train_seg.loss=crf"],
+            "masks": ["train_seg.labels=[SegmentationClass]",
+                      "data.train=Segmentation/trainval"],
+            "boxes": [learns_from(run, "box")],
+            "masks_and_boxes": [both, "data.masks=Segmentation/trainval"],
+            "ret": [both, "train_seg.loss=ret"],
+            "agree": [both, "train_seg.loss=agree"]}
+
+
+def segment(run, changes):
+    before, settings = "", ["eval.panels=0", *changes]
     if run == "nal_0":
         settings.append("run.save_every=300")
         before = KEEP
     stage("train_seg", run, settings, before)
     stage("eval", run, settings)
     stage("eval", run, settings + FULL)
-
-
-def label_everything(seed, settings):
-    """The labels that the segmenters of a seed learn from."""
-    stage("make_labels", f"bap_{seed}",
-          ["make_labels.splits=[Main/trainval]", f"run.seed={seed}",
-           "train_cls.pooling=bap", "run.workers=2", *settings])
 
 
 def evaluate(detail, settings):
@@ -211,16 +239,15 @@ def main(name, settings):
                           EVALUATIONS))
             return table_of_segmenters(["nal_0", *(
                 f"nal_0{detail}" for detail in EVALUATIONS)])
-        if name in ("segmenters", "nal"):
-            seeds = SEEDS if name == "segmenters" else MORE_SEEDS
-            for seed in seeds:
-                label_everything(seed % len(SEEDS), settings)
-                jobs = [pool.submit(segment, seed, row, changes + settings)
-                        for row, changes in segmenters(seed).items()]
-                for job in jobs:
-                    job.result()
-            made = [f"{row}_{seed}" for seed in seeds
-                    for row in segmenters(seed)]
+        if name in ("seg_length", "segmenters", "improved", "nal"):
+            made = []
+            for labels, changes, rows in segmenters(name):
+                # All that they learn from, before any of them.
+                stage("make_labels", labels,
+                      ["run.workers=2", *changes, *settings])
+                list(pool.map(lambda row: segment(row[0], row[1] + settings),
+                              rows.items()))
+                made += rows
             table_of_segmenters(made)
             return gather(name, [f"runs/voc2007_{run}" for run in made])
         classifiers = study(name)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 import engine
@@ -66,6 +67,28 @@ def test_labels_study(voc2007, folder, monkeypatch, capsys):
     voc2007.main("labels", SMALL)
     assert capsys.readouterr().out == text
     assert times == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.p[tn]*")}
+
+
+def test_a_study_of_segmenters(voc2007, folder, monkeypatch, capsys):
+    """Improved labels are made of the classifier that is there; both losses learn from them, and the table is what the
+    runs' files say."""
+    monkeypatch.setattr(voc2007, "SEEDS", (0,))
+    small = [*SMALL, *(text.replace("cls.", "seg.") for text in SMALL), "eval.crf_iterations=1"]
+    voc2007.stage("train_cls", "bap_0", small)
+    voc2007.main("improved", small)
+    rows = re.findall(r"^\| (\w+) \| Segmentation/test \| 2 \| (.+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
+    assert [run for run, _, _ in rows] == ["nal_0_improved"] * 2 + ["crf_0_improved"] * 2
+    for run, method, miou in rows:
+        results = json.loads((folder / f"runs/voc2007_{run}/eval.json").read_text())
+        assert miou == f"{results[f'Segmentation/test, {method}']['miou']:.1f}"
+    labels = folder / "runs/voc2007_bap_0_improved/labels"
+    assert json.loads((labels / "made_with.json").read_text())["settings"]["make_labels.unary"] == "logits"
+    kept = json.loads((folder / "runs/voc2007_improved.json").read_text())
+    assert list(kept) == ["voc2007_nal_0_improved", "voc2007_crf_0_improved"]
+    for loss in "nal", "crf":
+        made = yaml.safe_load((folder / f"runs/voc2007_{loss}_0_improved/settings.yaml").read_text())["train_seg"]
+        kinds = [str(labels.relative_to(folder) / kind) for kind in ("Ycrf", "Yret")]
+        assert made["loss"] == loss and made["labels"] == kinds
 
 
 def test_choices_are_made_apart_from_what_is_reported(voc2007):

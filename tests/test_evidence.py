@@ -1,4 +1,5 @@
-"""benchmarks/maps.py, sigma.py and details.py: their measures, counted pair by pair; their tables, of small runs."""
+"""benchmarks/maps.py, sigma.py, details.py, prototypes.py: their measures, counted pair by pair; their tables, of
+small runs."""
 import sys
 
 import numpy as np
@@ -16,6 +17,7 @@ pytest.importorskip("scipy")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import details  # noqa: E402
 import maps  # noqa: E402
+import prototypes  # noqa: E402
 import sigma  # noqa: E402
 
 
@@ -118,3 +120,22 @@ def test_table_of_details(folder, capsys):
         scores = runs.read_json(folder / f"runs/{number}/labels/scores.json")["val"]
         assert found[detail] == tuple(f"{scores[kind]['miou']:.1f}" for kind in ("Ycrf", "Yret"))
     assert len(set(found.values())) > 1 and found[details.LACKING][0] == found[details.SETTINGS][0]
+
+
+def test_table_of_prototypes(folder, capsys):
+    """Of Ycrf itself it is make_labels.py's Yret; of the truth another; of labels that have no class in them, Yret of
+    the classifier's rows."""
+    torch.manual_seed(0)
+    network = models.BoxClassifier(len(SHAPES), width=0.0625)
+    torch.nn.init.normal_(network.classifier.weight)
+    checkpoint(network, folder / "cls.pt")
+    quick = "run.workers=0", "run.device=cpu", "crf_iterations=1"
+    done = script("make_labels", "weights=cls.pt", "splits=[val]", *quick, "name=a", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for name in datasets.read_list("data/shapes", "val"):
+        mask = datasets.read_mask(f"data/shapes/SegmentationClassAug/{name}.png", 7)
+        datasets.write_mask(folder / f"none/{name}.png", np.zeros_like(mask))
+    prototypes.main(str(ROOT / "configs/shapes.yaml"), "val", "cls.pt", "runs/a/labels/Ycrf", "none", *quick)
+    row = capsys.readouterr().out.splitlines()[2].strip("| ").split(" | ")
+    expected = runs.read_json(folder / "runs/a/labels/scores.json")["val"]["Yret"]["miou"]
+    assert row[2] == f"{expected:.1f}" and len(set(row)) == 4

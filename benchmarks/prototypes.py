@@ -1,0 +1,61 @@
+"""Is Yret as good as the features, or as the labels that its prototypes are means of?
+
+    python benchmarks/prototypes.py CONFIG.yaml LIST cls.pt [cls.pt ...] YCRF [YCRF ...] [key=value ...]
+
+Over the images of LIST that have a true mask: Yret of each classifier, with prototypes from the true masks (void counts
+as background) and from the labels in each folder YCRF. Prints mIoU, %: a row a classifier, a column a source.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets  # noqa: E402
+import engine  # noqa: E402
+import make_labels  # noqa: E402
+import models  # noqa: E402
+import runs  # noqa: E402
+import settings  # noqa: E402
+
+
+@torch.inference_mode()
+def measure(config, network, dataset):
+    """mIoU of Yret by the source of its prototypes: the masks of the dataset, of which the first is the truth."""
+    names = ["background", *config.data.classes]
+    w, found = network.classifier.weight.float(), 0
+    for sample in runs.bar(runs.in_workers(config, dataset), "prototypes"):
+        u = make_labels.unaries(config, network, sample)
+        masks = sample["masks"].as_subclass(torch.Tensor)
+        given = [make_labels.label_by_prototypes(mask.where(mask != datasets.VOID, 0), u, w) for mask in masks]
+        found = found + np.stack([engine.confusion(masks[0].numpy(), y_ret.byte().numpy(force=True), len(names))
+                                  for y_ret in given])
+    return [engine.scores(matrix, names)["miou"] for matrix in found]
+
+
+def main(config_file, split, *arguments):
+    changes = [a for a in arguments if "=" in a]
+    config = settings.read("make_labels", [config_file, *changes])
+    config.device = runs.find_device(config.run.device)
+    paths = [Path(a).resolve() for a in arguments if "=" not in a]
+    folders, truth = [path for path in paths if path.is_dir()], engine.true_masks(config, split)
+    dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth, *folders], scored=truth)
+    sources = ["true masks", *(str(folder) for folder in folders)]
+    print(f"| {split}, {len(dataset)} images: Yret, mIoU, % | {' | '.join(sources)} |\n|---|{'---|' * len(sources)}")
+    for path in paths:
+        if path not in folders:
+            network = runs.load_network(config, "cls.pt", models.BoxClassifier, config.train_cls, path,
+                                        config.data.classes)
+            cells = [f"{miou:.1f}" for miou in measure(config, network, dataset)]
+            print(f"| {path} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit("usage: python benchmarks/prototypes.py CONFIG.yaml LIST cls.pt [cls.pt ...] YCRF [YCRF ...]")
+    try:
+        main(*sys.argv[1:])
+    except runs.FAULTS as fault:
+        sys.exit(str(fault))

@@ -10,7 +10,9 @@ scipy.
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,8 +36,12 @@ ANYWHERE = "a class may stand outside its boxes"
 LACKING = "no prototype of a class that Ycrf lacks"
 
 
-def probabilities(u, w, sample, s):
-    """What the CRF starts from, as make_labels.unaries makes it, from features that are there already."""
+def probabilities(u, w, sample, s, logits):
+    """What the CRF starts from, as make_labels.unaries makes it, from features that are there already. logits: of a
+    size of the image, w . f of the background and of the image's classes."""
+    if s.unary == "logits":
+        maps = torch.stack([logits(size) for size in s.sizes]).mean(0)
+        return make_labels.logit_probabilities(maps, u.own.to(w.device), s)
     outside = sample["background"][0].as_subclass(torch.Tensor).to(w.device) == 1
     attention = make_labels.background_attention(u.up, w, outside, s)
     cams = make_labels.activation_maps(u.up, w, sample["boxes"], sample["labels"], u.classes, s)
@@ -43,22 +49,32 @@ def probabilities(u, w, sample, s):
 
 
 @torch.inference_mode()
-def labels(config, network, dataset):
-    """Yields a sample, a detail, and Ycrf and Yret with it, (H, W) each."""
+def labels(config, network, dataset, before, after):
+    """Yields a sample, a detail, and Ycrf and Yret with it, (H, W) each. before: the settings of each detail before the
+    CRF. after: whether those after it are asked for, too."""
     w = network.classifier.weight.float()
+
+    def logits_of(sample, u):
+        @cache
+        def logits(size):
+            s = SimpleNamespace(**vars(config) | {"make_labels": replace(config.make_labels, sizes=(size,))})
+            image = sample["image"].as_subclass(torch.Tensor)
+            return make_labels.logits(s, network, image, u.up, w[[0, *u.classes]])
+        return logits
 
     def crf_tasks():
         for sample in runs.bar(runs.in_workers(config, dataset), "details"):
             u, image = make_labels.unaries(config, network, sample), sample["image"].permute(1, 2, 0).numpy()
-            for detail, changes in BEFORE.items():
+            logits = logits_of(sample, u)
+            for detail, changes in before.items():
                 s = replace(config.make_labels, **changes)
-                start = probabilities(u, w, sample, s).numpy(force=True)
+                start = probabilities(u, w, sample, s, logits).numpy(force=True)
                 yield (sample, u, detail), (image, start, s.crf_bilateral, s.crf_gaussian, s.crf_iterations)
 
     for (sample, u, detail), marginals in runs.overlap(config.run.workers, dense_crf, crf_tasks()):
         y_crf = make_labels.label_by_crf(marginals, u)
         yield sample, detail, y_crf, make_labels.label_by_prototypes(y_crf, u, w)
-        if detail == SETTINGS:
+        if detail == SETTINGS and after:
             everywhere = u._replace(own=torch.ones_like(u.own))
             yield (sample, ANYWHERE, make_labels.label_by_crf(marginals, everywhere),
                    make_labels.label_by_prototypes(y_crf, everywhere, w))
@@ -66,7 +82,7 @@ def labels(config, network, dataset):
             yield sample, LACKING, y_crf, make_labels.label_by_prototypes(y_crf, u, torch.zeros_like(w))
 
 
-def main(config_file, split, path, *changes):
+def main(config_file, split, path, *changes, before=BEFORE, after=True):
     config = settings.read("make_labels", [config_file, *changes])
     config.device = runs.find_device(config.run.device)
     names = ["background", *config.data.classes]
@@ -74,7 +90,7 @@ def main(config_file, split, path, *changes):
     truth = engine.true_masks(config, split)
     dataset = datasets.VOCDataset(config.data.root, split, names[1:], masks=[truth], scored=truth)
     found = defaultdict(lambda: ([], []))  # detail -> confusions of each image, of Ycrf and of Yret
-    for sample, detail, *both in labels(config, network, dataset):
+    for sample, detail, *both in labels(config, network, dataset, before, after):
         for confusions, given in zip(found[detail], both):
             mask = sample["masks"][0].numpy()
             confusions.append(engine.confusion(mask, given.byte().numpy(force=True), len(names)))

@@ -5,13 +5,13 @@ thread each. (With a GPU: JOBS=4 in the environment, run.workers=4.)
 
     queries      the least background that makes a query of BAP: any, half a
                  feature cell, or a whole one
-    length       stage 1 with 16,000 and with 32,000 crops
-    unaries      the classifier's logits instead of {u0, u_c}: k, d, sizes
+    length       stage 1 with 16,000 crops, average pooling and BAP, and with
+                 32,000; of the former two, benchmarks/unaries.py
     seg_length   stage 3 with 6,000 and with 12,000 crops: needs `length`
     labels       average pooling and BAP, three seeds; BAP with and without
-                 u0 and its threshold; both with what `unaries` chose
+                 u0 and its threshold; both with what unaries.py chose
     segmenters   losses and labels of stage 3, three seeds: needs the labels
-    improved     of labels with what `unaries` chose, three seeds: the same
+    improved     of labels with what unaries.py chose, three seeds: the same
     nal          the noise-aware loss and cross-entropy, five seeds more
     evaluation   details of the final evaluation, of the segmenter nal_0
 
@@ -28,8 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("queries", "length", "unaries", "seg_length", "labels",
-           "segmenters", "improved", "nal", "evaluation")
+STUDIES = ("queries", "length", "seg_length", "labels", "segmenters",
+           "improved", "nal", "evaluation")
 JOBS = int(os.environ.get("JOBS", 2))  # runs at a time
 SEEDS = 0, 1, 2
 MORE_SEEDS = 3, 4, 5, 6, 7  # of segmenters, on the labels of seed mod 3
@@ -40,14 +40,8 @@ REPORT = ["make_labels.splits=[Segmentation/trainval, Segmentation/test]"]
 QUERIES = {"any": 1e-5, "half": 0.5, "whole": 1.0}  # feature cells
 ROWS = {"": [], "_nou0": ["make_labels.u0=false"],
         "_nothing": ["make_labels.u0=false", "make_labels.threshold=0"]}
-UNARIES = {"_attention": []} | {
-    f"_k{k}_d{d}_{len(sizes)}": [
-        "make_labels.unary=logits", f"make_labels.logit_scale={k}",
-        f"make_labels.logit_bias={d}", f"make_labels.sizes={sizes}"]
-    for k, d, sizes in ((0.3, 4, [1]), (0.3, 3, [1, 1.5, 2]),
-                        (0.3, 4, [1, 1.5, 2]), (0.3, 5, [1, 1.5, 2]),
-                        (0.15, 4, [1, 1.5, 2]), (0.6, 4, [1, 1.5, 2]))}
-IMPROVED = UNARIES["_k0.3_d4_3"]
+IMPROVED = ["make_labels.unary=logits", "make_labels.logit_scale=0.3",
+            "make_labels.logit_bias=4", "make_labels.sizes=[1, 1.5, 2]"]
 # Each checkpoint stays, as seg_ITERATION.pt, for benchmarks/sigma.py.
 KEEP = """
 save = runs.save
@@ -87,13 +81,12 @@ def study(name):
                  {"": []}, f"models.LEAST_QUERY = {least}")
                 for seed in SEEDS for kind, least in QUERIES.items()]
     if name == "length":
-        return [(f"length_{n}", [*CHOOSE, f"train_cls.iterations={n}"],
-                 {"": []}, "") for n in (2000, 4000)]
-    if name == "unaries":  # of BAP's network of `length`, and of GAP's
-        settings = [*CHOOSE, "train_cls.iterations=2000"]
-        return [("length_2000", settings, UNARIES, ""),
-                ("length_gap_2000", [*settings, "train_cls.pooling=gap"],
-                 UNARIES, "")]
+        return [(f"length_{run}", [*CHOOSE, *changes], {"": []}, "")
+                for run, changes in (
+                    ("2000", ["train_cls.iterations=2000"]),
+                    ("gap_2000", ["train_cls.iterations=2000",
+                                  "train_cls.pooling=gap"]),
+                    ("4000", ["train_cls.iterations=4000"]))]
     return [(f"{pooling}_{seed}",
              [*REPORT, f"run.seed={seed}", f"train_cls.pooling={pooling}"],
              rows | {"_improved": IMPROVED}, "") for seed in SEEDS

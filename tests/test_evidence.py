@@ -1,5 +1,6 @@
-"""benchmarks/maps.py, sigma.py, details.py, prototypes.py: their measures, counted pair by pair; their tables, of
-small runs."""
+"""benchmarks/maps.py, sigma.py, details.py, unaries.py, prototypes.py: their measures, counted pair by pair; their
+tables, of small runs."""
+import subprocess
 import sys
 
 import numpy as np
@@ -109,17 +110,27 @@ def test_table_of_details(folder, capsys):
     torch.nn.init.normal_(network.classifier.weight)
     checkpoint(network, folder / "cls.pt")
     quick = "run.workers=0", "run.device=cpu", "crf_iterations=1"
-    details.main(str(ROOT / "configs/shapes.yaml"), "val", "cls.pt", *quick)
+    logits = {"logits": {"unary": "logits", "logit_scale": 0.6, "sizes": [1, 1.5]}}
+    details.main(str(ROOT / "configs/shapes.yaml"), "val", "cls.pt", *quick, before=details.BEFORE | logits)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = {detail: (cells[0], cells[2]) for detail, *cells in rows}
-    assert set(found) == {*details.BEFORE, details.ANYWHERE, details.LACKING}
-    for number, (detail, changes) in enumerate(details.BEFORE.items()):
+    assert set(found) == {*details.BEFORE, *logits, details.ANYWHERE, details.LACKING}
+    for number, (detail, changes) in enumerate((details.BEFORE | logits).items()):
         done = script("make_labels", "weights=cls.pt", "splits=[val]", *quick, f"name={number}",
                       *(f"{key}={value}" for key, value in changes.items()), cwd=folder)
         assert done.returncode == 0, done.stderr
         scores = runs.read_json(folder / f"runs/{number}/labels/scores.json")["val"]
         assert found[detail] == tuple(f"{scores[kind]['miou']:.1f}" for kind in ("Ycrf", "Yret"))
     assert len(set(found.values())) > 1 and found[details.LACKING][0] == found[details.SETTINGS][0]
+
+
+def test_table_of_unaries(folder):
+    checkpoint(models.BoxClassifier(len(SHAPES), width=0.0625), folder / "cls.pt")
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/unaries.py", ROOT / "configs/shapes.yaml", "val", "cls.pt",
+         "run.workers=0", "run.device=cpu", "crf_iterations=1"], capture_output=True, text=True)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 8 and rows[0][0] == details.SETTINGS and rows[3][0] == "k 0.3, d 4, sizes 1, 1.5, 2"
 
 
 def test_table_of_prototypes(folder, capsys):

@@ -94,7 +94,7 @@ def test_a_study_of_segmenters(voc2007, folder, monkeypatch, capsys):
 def test_choices_are_made_apart_from_what_is_reported(voc2007):
     """Networks of other lists, scored on others; a run's name stands for the same settings in every study."""
     trained: dict = {}
-    for name in ("queries", "length", "unaries", "labels"):
+    for name in ("queries", "length", "labels"):
         for run, settings, _, _ in voc2007.study(name):
             assert (voc2007.REPORT[0] if name == "labels" else "data.train=Main/train") in settings
             assert trained.setdefault(run, settings) == settings

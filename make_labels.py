@@ -126,12 +126,19 @@ def logits(config: SimpleNamespace, network: models.BoxClassifier,
     return torch.stack(maps).mean(0)
 
 
-def logit_probabilities(maps: Tensor, own: Tensor, s: MakeLabels) -> Tensor:
-    """Softmax over {k w_0 . f, k (w_c . f + d)}, of maps w . f (1 + classes,
-    H, W); a class is impossible outside its own boxes (classes, H, W).
+def logit_probabilities(maps: Tensor, own: Tensor, up: models.Upsampled,
+                        s: MakeLabels) -> Tensor:
+    """Of maps w . f (1 + classes, H, W), the softmax of
+
+        a_c + s cos(f, q_c),  a_0 = k w_0 . f,  a_c = k (w_c . f + d),
+
+    with q_c the mean feature of the image, weighted by softmax(a)_c. A class
+    is impossible outside its own boxes (classes, H, W).
     """
     objects = (maps[1:] + s.logit_bias).masked_fill(~own, -torch.inf)
-    return (s.logit_scale * torch.cat((maps[:1], objects))).softmax(0)
+    a = s.logit_scale * torch.cat((maps[:1], objects))
+    q = up.mean(a.softmax(0))
+    return (a + s.cosine_scale * up.cosine(q)).softmax(0)
 
 
 @torch.inference_mode()
@@ -151,7 +158,7 @@ def unaries(config: SimpleNamespace, network: models.BoxClassifier,
     own = unions(boxes, labels, classes, size)
     if s.unary == "logits":
         maps = logits(config, network, image, up, w[[0, *classes]])
-        probabilities = logit_probabilities(maps, own.to(device), s)
+        probabilities = logit_probabilities(maps, own.to(device), up, s)
     else:
         probabilities = to_probabilities(attention, cams, outside, s)
     return Unaries(up, classes, own, attention.masked_fill(outside, 1), cams,

@@ -109,11 +109,13 @@ class MakeLabels:
     cam_norm: Literal["box", "class"] = "box"
     softmax: bool = True  # over {u0, u_c}; false: divided by their sum
     # What the CRF starts from: attention, the paper's {u0, u_c}; or logits,
-    # the softmax over {k w_0 . f, k (w_c . f + d)}, c in its own boxes only.
+    # the classifier's, k w_0 . f and k (w_c . f + d), w . f averaged over the
+    # image at these sizes, plus s cos(f, q_c), q_c the class's mean feature.
     unary: Literal["attention", "logits"] = "attention"
-    logit_scale: float = 0.3  # k
-    logit_bias: float = 4.0  # d
-    sizes: tuple[float, ...] = (1.0,)  # of the image, averaged, for logits
+    logit_scale: float = 0.05  # k
+    logit_bias: float = 6.0  # d
+    cosine_scale: float = 1.0  # s
+    sizes: tuple[float, ...] = (1.0, 1.5, 2.0)
     crf_bilateral: Numbers3 = (4.0, 55.0, 3.0)  # weight, pixels, colour
     crf_gaussian: Numbers2 = (3.0, 3.0)  # weight, pixels
     crf_iterations: int = 10

@@ -41,7 +41,7 @@ def probabilities(u, w, sample, s, logits):
     size of the image, w . f of the background and of the image's classes."""
     if s.unary == "logits":
         maps = torch.stack([logits(size) for size in s.sizes]).mean(0)
-        return make_labels.logit_probabilities(maps, u.own.to(w.device), s)
+        return make_labels.logit_probabilities(maps, u.own.to(w.device), u.up, s)
     outside = sample["background"][0].as_subclass(torch.Tensor).to(w.device) == 1
     attention = make_labels.background_attention(u.up, w, outside, s)
     cams = make_labels.activation_maps(u.up, w, sample["boxes"], sample["labels"], u.classes, s)

@@ -2,9 +2,9 @@
 
     python benchmarks/unaries.py CONFIG.yaml LIST cls.pt [key=value ...]
 
-The logits are softmax over {k w_0 . f, k (w_c . f + d)}, w . f averaged over the image at some sizes (`unary: logits`).
-Labels the images of LIST that have a true mask from each, and prints the mIoU of Ycrf and Yret and the change, with the
-interval that holds 95 % of 1,000 draws of the images. Needs scipy.
+The logits are those of `unary: logits` in settings.py, with k, d, s and sizes of the image. Labels the images of LIST
+that have a true mask from each, and prints the mIoU of Ycrf and Yret and the change, with the interval that holds 95 %
+of 1,000 draws of the images. Needs scipy.
 """
 import sys
 from pathlib import Path
@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import details  # noqa: E402, I001
 import runs  # noqa: E402
 
-LOGITS = [(0.3, 4, [1]), (0.3, 4, [1, 1.5]), (0.3, 4, [1, 1.5, 2]), (0.3, 3, [1, 1.5, 2]), (0.3, 5, [1, 1.5, 2]),
-          (0.15, 4, [1, 1.5, 2]), (0.6, 4, [1, 1.5, 2])]  # k, d, sizes
+ALL = [1, 1.5, 2]
+LOGITS = [(0.3, 4, 0, ALL), (0.05, 6, 0, ALL), (0.05, 6, 1, ALL), (0.05, 6, 1, [1]), (0.05, 6, 2, ALL),
+          (0.05, 8, 1, ALL), (0.1, 6, 1, ALL)]  # k, d, s, sizes
 UNARIES = {details.SETTINGS: {}} | {
-    f"k {k}, d {d}, sizes {', '.join(map(str, sizes))}":
-        dict(unary="logits", logit_scale=k, logit_bias=d, sizes=sizes) for k, d, sizes in LOGITS}
+    f"k {k}, d {d}, s {s}, sizes {', '.join(map(str, sizes))}":
+        dict(unary="logits", logit_scale=k, logit_bias=d, cosine_scale=s, sizes=sizes) for k, d, s, sizes in LOGITS}
 
 
 if __name__ == "__main__":

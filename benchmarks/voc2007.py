@@ -40,8 +40,7 @@ REPORT = ["make_labels.splits=[Segmentation/trainval, Segmentation/test]"]
 QUERIES = {"any": 1e-5, "half": 0.5, "whole": 1.0}  # feature cells
 ROWS = {"": [], "_nou0": ["make_labels.u0=false"],
         "_nothing": ["make_labels.u0=false", "make_labels.threshold=0"]}
-IMPROVED = ["make_labels.unary=logits", "make_labels.logit_scale=0.3",
-            "make_labels.logit_bias=4", "make_labels.sizes=[1, 1.5, 2]"]
+IMPROVED = ["make_labels.unary=logits"]
 # Each checkpoint stays, as seg_ITERATION.pt, for benchmarks/sigma.py.
 KEEP = """
 save = runs.save

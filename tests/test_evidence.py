@@ -110,7 +110,7 @@ def test_table_of_details(folder, capsys):
     torch.nn.init.normal_(network.classifier.weight)
     checkpoint(network, folder / "cls.pt")
     quick = "run.workers=0", "run.device=cpu", "crf_iterations=1"
-    logits = {"logits": {"unary": "logits", "logit_scale": 0.6, "sizes": [1, 1.5]}}
+    logits = {"logits": {"unary": "logits", "logit_scale": 0.6, "cosine_scale": 2.0, "sizes": [1, 1.5]}}
     details.main(str(ROOT / "configs/shapes.yaml"), "val", "cls.pt", *quick, before=details.BEFORE | logits)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = {detail: (cells[0], cells[2]) for detail, *cells in rows}
@@ -130,7 +130,7 @@ def test_table_of_unaries(folder):
         [sys.executable, ROOT / "benchmarks/unaries.py", ROOT / "configs/shapes.yaml", "val", "cls.pt",
          "run.workers=0", "run.device=cpu", "crf_iterations=1"], capture_output=True, text=True)
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert len(rows) == 8 and rows[0][0] == details.SETTINGS and rows[3][0] == "k 0.3, d 4, sizes 1, 1.5, 2"
+    assert len(rows) == 8 and rows[0][0] == details.SETTINGS and rows[3][0] == "k 0.05, d 6, s 1, sizes 1, 1.5, 2"
 
 
 def test_table_of_prototypes(folder, capsys):

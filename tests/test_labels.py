@@ -100,20 +100,33 @@ def test_unaries():
                 assert summed[:, y, x].tolist() == pytest.approx([v / sum(u) for v in u], rel=1e-3, abs=1e-3)
 
 
-def test_logits_as_unaries():
-    _, dense, weight, boxes, labels, outside = scene(1)
+def softmax_by_hand(scores):
+    shares = [math.exp(score) for score in scores]
+    return [share / sum(shares) for share in shares]
+
+
+@pytest.mark.parametrize("scale", [0, 3.0])
+def test_logits_as_unaries(scale):
+    up, dense, weight, boxes, labels, outside = scene(1)
     own, s = make_labels.unions(boxes, labels, [1, 2], (HEIGHT, WIDTH)), settings.MakeLabels(
-        logit_scale=0.5, logit_bias=2.0)
+        logit_scale=0.5, logit_bias=2.0, cosine_scale=scale)
     maps = torch.einsum("kc,cyx->kyx", weight[:3], dense)
-    result = make_labels.logit_probabilities(maps, own, s)
+    result = make_labels.logit_probabilities(maps, own, up, s)
+    a, prototypes = {}, [0, 0, 0]
     for y in range(HEIGHT):
         for x in range(WIDTH):
             inside = [any(c == label and x0 <= x < x1 and y0 <= y < y1 for (x0, y0, x1, y1), label in zip(
                 boxes.tolist(), labels.tolist())) for c in (1, 2)]
             assert outside[y, x] != any(inside)
-            shares = [math.exp(0.5 * (dense[:, y, x] @ weight[0]).item())] + [
-                here * math.exp(0.5 * ((dense[:, y, x] @ weight[c]).item() + 2)) for c, here in zip((1, 2), inside)]
-            assert result[:, y, x].tolist() == pytest.approx([share / sum(shares) for share in shares], rel=1e-6)
+            a[y, x] = [0.5 * (dense[:, y, x] @ weight[0]).item()] + [
+                0.5 * ((dense[:, y, x] @ weight[c]).item() + 2) if here else -math.inf
+                for c, here in zip((1, 2), inside)]
+            prototypes = [q + share * dense[:, y, x] for q, share in zip(prototypes, softmax_by_hand(a[y, x]))]
+    for (y, x), scores in a.items():
+        f = dense[:, y, x]
+        cosines = [(f @ q / f.norm() / q.norm()).item() for q in prototypes]
+        expected = softmax_by_hand([score + scale * cosine for score, cosine in zip(scores, cosines)])
+        assert result[:, y, x].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_logits_are_averaged_over_sizes():

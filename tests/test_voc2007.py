@@ -49,17 +49,18 @@ def test_labels_study(voc2007, folder, monkeypatch, capsys):
     voc2007.main("labels", SMALL)
     text = capsys.readouterr().out
     rows = re.findall(r"^\| (\w+) \| (Segmentation/\w+) \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
-    assert len(rows) == 2 * (1 + 2)
+    assert len(rows) == 2 * (2 + 3)  # lists; labels of average pooling and of BAP
     for run, split, images, *cells in rows:
         scores = json.loads((folder / f"runs/voc2007_{run}/labels/scores.json").read_text())[split]
         assert images == str(scores["Ycrf"]["images"])
         assert cells == [f"{scores[kind]['miou']:.1f}" for kind in ("box", "Ycrf", "Yret")]
         made = json.loads((folder / f"runs/voc2007_{run}/labels/made_with.json").read_text())["settings"]
         assert made["make_labels.u0"] == ("_no" not in run)
+        assert (made["make_labels.unary"] == "logits") == ("_improved" in run)
     trained = {path.parent.name for path in (folder / "runs").glob("*_1*/cls.pt")}
     assert trained == {"voc2007_bap_1", "voc2007_gap_1"}
     kept = json.loads((folder / "runs/voc2007_labels.json").read_text())
-    assert len(kept) == 1 + 2 and all(
+    assert len(kept) == 2 + 3 and all(
         run["labels/scores.json"] == json.loads(
             (folder / "runs" / name / "labels/scores.json").read_text())
         for name, run in kept.items())

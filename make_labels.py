@@ -112,12 +112,13 @@ def upsampled(config: SimpleNamespace, network: models.BoxClassifier,
 
 
 def logits(config: SimpleNamespace, network: models.BoxClassifier,
-           image: Tensor, up: models.Upsampled, w: Tensor) -> Tensor:
+           image: Tensor, up: models.Upsampled, w: Tensor,
+           sizes: Sequence[float]) -> Tensor:
     """w . f of each pixel of an image (3, H, W) uint8, (rows of w, H, W): the
     mean over the image at several sizes. up: its features at its own size.
     """
     maps = []
-    for scale in config.make_labels.sizes:
+    for scale in sizes:
         view = engine.resized(image, scale)[0]
         at_size = up if scale == 1 else upsampled(config, network, view)
         dot = at_size.dot(w)
@@ -157,7 +158,7 @@ def unaries(config: SimpleNamespace, network: models.BoxClassifier,
     cams = activation_maps(up, w, boxes, labels, classes, s)
     own = unions(boxes, labels, classes, size)
     if s.unary == "logits":
-        maps = logits(config, network, image, up, w[[0, *classes]])
+        maps = logits(config, network, image, up, w[[0, *classes]], s.sizes)
         probabilities = logit_probabilities(maps, own.to(device), up, s)
     else:
         probabilities = to_probabilities(attention, cams, outside, s)

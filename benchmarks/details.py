@@ -10,9 +10,8 @@ scipy.
 import sys
 from collections import defaultdict
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,11 +36,10 @@ LACKING = "no prototype of a class that Ycrf lacks"
 
 
 def probabilities(u, w, sample, s, logits):
-    """What the CRF starts from, as make_labels.unaries makes it, from features that are there already. logits: of a
-    size of the image, w . f of the background and of the image's classes."""
+    """What the CRF starts from, as make_labels.unaries makes it, from features that are there already. logits(sizes):
+    w . f of the background and of the image's classes."""
     if s.unary == "logits":
-        maps = torch.stack([logits(size) for size in s.sizes]).mean(0)
-        return make_labels.logit_probabilities(maps, u.own.to(w.device), u.up, s)
+        return make_labels.logit_probabilities(logits(tuple(s.sizes)), u.own.to(w.device), u.up, s)
     outside = sample["background"][0].as_subclass(torch.Tensor).to(w.device) == 1
     attention = make_labels.background_attention(u.up, w, outside, s)
     cams = make_labels.activation_maps(u.up, w, sample["boxes"], sample["labels"], u.classes, s)
@@ -54,18 +52,11 @@ def labels(config, network, dataset, before, after):
     CRF. after: whether those after it are asked for, too."""
     w = network.classifier.weight.float()
 
-    def logits_of(sample, u):
-        @cache
-        def logits(size):
-            s = SimpleNamespace(**vars(config) | {"make_labels": replace(config.make_labels, sizes=(size,))})
-            image = sample["image"].as_subclass(torch.Tensor)
-            return make_labels.logits(s, network, image, u.up, w[[0, *u.classes]])
-        return logits
-
     def crf_tasks():
         for sample in runs.bar(runs.in_workers(config, dataset), "details"):
             u, image = make_labels.unaries(config, network, sample), sample["image"].permute(1, 2, 0).numpy()
-            logits = logits_of(sample, u)
+            logits = cache(partial(make_labels.logits, config, network, sample["image"].as_subclass(torch.Tensor), u.up,
+                                   w[[0, *u.classes]]))
             for detail, changes in before.items():
                 s = replace(config.make_labels, **changes)
                 start = probabilities(u, w, sample, s, logits).numpy(force=True)

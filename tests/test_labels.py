@@ -134,11 +134,11 @@ def test_logits_are_averaged_over_sizes():
     torch.manual_seed(0)
     network = models.BoxClassifier(2, "vgg16_bn", width=0.0625).eval()
     image, w = torch.randint(0, 256, (3, 40, 57), dtype=torch.uint8), network.classifier.weight
-    config = settings.read("make_labels", ["sizes=[1, 1.5]"])
+    config = settings.read("make_labels", [])
     config.device, expected = torch.device("cpu"), 0
     with torch.inference_mode():
         up = make_labels.upsampled(config, network, image)
-        found = make_labels.logits(config, network, image, up, w)
+        found = make_labels.logits(config, network, image, up, w, [1, 1.5])
         for height, width in ((40, 57), (60, 86)):
             view = F.interpolate(image[None] / 255, (height, width), mode="bilinear")
             features = network.features(view)

@@ -3,7 +3,9 @@
     python benchmarks/prototypes.py CONFIG.yaml LIST cls.pt [cls.pt ...] YCRF [YCRF ...] [key=value ...]
 
 Over the images of LIST that have a true mask: Yret of each classifier, with prototypes from the true masks (void counts
-as background) and from the labels in each folder YCRF. Prints mIoU, %: a row a classifier, a column a source.
+as background) and from the labels in each folder YCRF. Prints mIoU, %: a row a classifier, a column a source. Then, of
+the prototypes from the true masks, the mistakes between objects and the background inside boxes; of object pixels also
+on either side of A = 1/2, the classifier's own background attention.
 """
 import sys
 from pathlib import Path
@@ -21,18 +23,37 @@ import runs  # noqa: E402
 import settings  # noqa: E402
 
 
+def mistakes(truth, y_ret, attention):
+    """(pixels, of these wrong) of objects with A < 1/2 and with more, which are wrong if called background; and of the
+    background inside boxes, where A < 1, which is wrong if called an object: (3, 2). All arguments are (H, W)."""
+    known, objects, found = truth != datasets.VOID, truth > 0, y_ret > 0
+    kinds = objects & (attention < 0.5), objects & (attention >= 0.5), ~objects & (attention < 1)
+    return torch.stack([torch.stack(((kind & known).sum(), (kind & known & (found != objects)).sum()))
+                        for kind in kinds])
+
+
 @torch.inference_mode()
 def measure(config, network, dataset):
-    """mIoU of Yret by the source of its prototypes: the masks of the dataset, of which the first is the truth."""
+    """mIoU of Yret by the source of its prototypes: the masks of the dataset, of which the first is the truth; and the
+    mistakes of the first."""
     names = ["background", *config.data.classes]
-    w, found = network.classifier.weight.float(), 0
+    w, matrices, wrong = network.classifier.weight.float(), 0, 0
     for sample in runs.bar(runs.in_workers(config, dataset), "prototypes"):
         u = make_labels.unaries(config, network, sample)
         masks = sample["masks"].as_subclass(torch.Tensor)
         given = [make_labels.label_by_prototypes(mask.where(mask != datasets.VOID, 0), u, w) for mask in masks]
-        found = found + np.stack([engine.confusion(masks[0].numpy(), y_ret.byte().numpy(force=True), len(names))
-                                  for y_ret in given])
-    return [engine.scores(matrix, names)["miou"] for matrix in found]
+        wrong = wrong + mistakes(masks[0], given[0].cpu(), u.u0.cpu())
+        matrices = matrices + np.stack([engine.confusion(masks[0].numpy(), y_ret.byte().numpy(force=True), len(names))
+                                        for y_ret in given])
+    return [engine.scores(matrix, names)["miou"] for matrix in matrices], wrong
+
+
+def row_of_mistakes(wrong):
+    """Cells of the second table, in %."""
+    (low, missed_low), (high, missed_high), (background, found) = wrong.tolist()
+    shares = ((missed_low + missed_high, low + high), (high, low + high), (missed_low, low), (missed_high, high),
+              (found, background))
+    return " | ".join(f"{100 * part / max(whole, 1):.1f}" for part, whole in shares)
 
 
 def main(config_file, split, *arguments):
@@ -42,14 +63,17 @@ def main(config_file, split, *arguments):
     paths = [Path(a).resolve() for a in arguments if "=" not in a]
     folders, truth = [path for path in paths if path.is_dir()], engine.true_masks(config, split)
     dataset = datasets.VOCDataset(config.data.root, split, config.data.classes, masks=[truth, *folders], scored=truth)
-    sources = ["true masks", *(str(folder) for folder in folders)]
+    sources, rows = ["true masks", *(str(folder) for folder in folders)], []
     print(f"| {split}, {len(dataset)} images: Yret, mIoU, % | {' | '.join(sources)} |\n|---|{'---|' * len(sources)}")
     for path in paths:
         if path not in folders:
             network = runs.load_network(config, "cls.pt", models.BoxClassifier, config.train_cls, path,
                                         config.data.classes)
-            cells = [f"{miou:.1f}" for miou in measure(config, network, dataset)]
-            print(f"| {path} | {' | '.join(cells)} |")
+            mious, wrong = measure(config, network, dataset)
+            print(f"| {path} | {' | '.join(f'{miou:.1f}' for miou in mious)} |")
+            rows.append(f"| {path} | {row_of_mistakes(wrong)} |")
+    print("\n| %, prototypes from the true masks | objects called background | A >= 1/2 | of A < 1/2 | of A >= 1/2 | "
+          "background in boxes called an object |\n|---|---|---|---|---|---|", *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,25 @@ def test_table_of_unaries(folder):
     assert len(rows) == 8 and rows[0][0] == details.SETTINGS and rows[3][0] == "k 0.05, d 6, s 1, sizes 1, 1.5, 2"
 
 
+def test_mistakes_are_counted_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    truth, y_ret = rng.choice([0, 1, 2, 255], (2, 9, 11), p=[0.4, 0.3, 0.2, 0.1])
+    attention = rng.choice([0.2, 0.5, 0.9, 1.0], (9, 11))
+    y_ret[y_ret == 255] = 0
+    expected = np.zeros((3, 2), int)
+    for t, y, a in zip(truth.flat, y_ret.flat, attention.flat):
+        if t in (1, 2):
+            expected[int(a >= 0.5)] += 1, y == 0
+        elif t == 0 and a < 1:
+            expected[2] += 1, y != 0
+    found = prototypes.mistakes(*map(torch.from_numpy, (truth, y_ret, attention)))
+    assert found.tolist() == expected.tolist() and expected.min() > 0
+    (low, missed), (high, missed_too), (background, called) = expected.tolist()
+    shares = [(missed + missed_too) / (low + high), high / (low + high), missed / low, missed_too / high,
+              called / background]
+    assert prototypes.row_of_mistakes(found) == " | ".join(f"{100 * share:.1f}" for share in shares)
+
+
 def test_table_of_prototypes(folder, capsys):
     """Of Ycrf itself it is make_labels.py's Yret; of the truth another; of labels that have no class in them, Yret of
     the classifier's rows."""

@@ -230,8 +230,11 @@ def fill_from_argument(found: dict, script: str, argument: str) -> None:
     key, _, text = argument.partition("=")
     section, _, name = key.rpartition(".")
     if not section:
-        own = hasattr(SECTIONS[script], name) or not hasattr(Run, name)
-        section = script if own else "run"
+        section_of = {key: section for section in ("run", script)
+                      for key in get_type_hints(SECTIONS[section])}
+        # Of a mistyped key: that of the nearest.
+        close = difflib.get_close_matches(name[:99], section_of, 1, 0)
+        section = section_of[close[0]]
     try:
         value = yaml.safe_load(text)
     except NOT_YAML:

@@ -34,6 +34,7 @@ def test_values_that_look_like_numbers_stay_text():
     ("train_cls.poolng=gap", "unknown setting train_cls.poolng; did you mean pooling?"),
     ("train_csl.pooling=gap", "unknown section train_csl; did you mean train_cls?"),
     ("poling=gap", "unknown setting train_cls.poling; did you mean pooling?"),
+    ("workrs=0", "unknown setting run.workrs; did you mean workers?"),
     ("pooling=max", "train_cls.pooling is 'max', not one of bap, gap"),
     ("batch=many", "train_cls.batch is 'many', not a int"),
     ("batch=1.5", "train_cls.batch is 1.5, not a int"),

@@ -1,5 +1,5 @@
 """benchmarks/voc2007.py: a study is carried out on a small set and continued; its table is what the runs' files say."""
-import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -100,6 +100,17 @@ def test_choices_are_made_apart_from_what_is_reported(voc2007):
             assert (voc2007.REPORT[0] if name == "labels" else "data.train=Main/train") in settings
             assert trained.setdefault(run, settings) == settings
     assert not any("test" in text for text in voc2007.CHOOSE)
+
+
+def test_seeds_of_the_environment(monkeypatch):
+    """One seed may be made without the others; the study of more seeds keeps its own."""
+    monkeypatch.setenv("SEEDS", "0 2")
+    spec = importlib.util.spec_from_file_location("anew", ROOT / "benchmarks/voc2007.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    assert [run for run, *_ in study.study("labels")] == ["gap_0", "bap_0", "gap_2", "bap_2"]
+    assert [labels for labels, *_ in study.segmenters("improved")] == ["bap_0_improved", "bap_2_improved"]
+    assert [labels for labels, *_ in study.segmenters("nal")] == ["bap_0", "bap_1", "bap_2", "bap_0", "bap_1"]
 
 
 def test_evaluation_study(voc2007, folder, capsys):

@@ -217,12 +217,13 @@ def gather(name, folders):
     """Settings, scores and numbers of each run, as its files hold them."""
     kept = {}
     for folder in map(Path, folders):
-        kept[folder.name] = {file: json.loads((folder / file).read_text())
-                             for file in ("labels/made_with.json",
-                                          "labels/scores.json", "eval.json")
-                             if (folder / file).exists()}
+        kept[folder.name] = run = {
+            file: json.loads((folder / file).read_text())
+            for file in ("labels/made_with.json", "labels/scores.json",
+                         "eval.json") if (folder / file).exists()}
+        run["settings.yaml"] = (folder / "settings.yaml").read_text()
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        kept[folder.name]["metrics.jsonl"] = [json.loads(x) for x in lines]
+        run["metrics.jsonl"] = [json.loads(line) for line in lines]
     text = json.dumps(kept)
     Path("runs", f"voc2007_{name}.json").write_text(text + "\n")
 

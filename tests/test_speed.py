@@ -48,6 +48,16 @@ def test_every_table(speed, monkeypatch, capsys, tmp_path):
     assert (tmp_path / "docs/speed.png").stat().st_size > 10_000
 
 
+def test_rates_of_known_times(speed, monkeypatch):
+    """A crop of the fastest form; on a CPU, worker processes take their time from the network."""
+    seconds = iter([2.0, 1.0, 6.0, 1.0] * 2)
+    monkeypatch.setattr(speed, "FORMS", ("fp32", "bf16"))
+    monkeypatch.setattr(speed, "peak", lambda case: 1.0)
+    monkeypatch.setattr(speed, "clock", lambda *parts, rounds: (next(seconds), next(seconds)))
+    assert speed.training() == {"stage 1": 2 / speed.BATCH, "stage 3": 2 / speed.BATCH}
+    assert speed.at_once(3, 2) == (3 if speed.GPU else 5)
+
+
 def test_recipes(speed, capsys, tmp_path):
     """A step of both stages of a small recipe; all files of configs/ but the demo's are measured."""
     files = {file.stem for file in (ROOT / "configs").iterdir()}

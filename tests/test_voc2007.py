@@ -86,6 +86,8 @@ def test_a_study_of_segmenters(voc2007, folder, monkeypatch, capsys):
     assert json.loads((labels / "made_with.json").read_text())["settings"]["make_labels.unary"] == "logits"
     kept = json.loads((folder / "runs/voc2007_improved.json").read_text())
     assert list(kept) == ["voc2007_nal_0_improved", "voc2007_crf_0_improved"]
+    learnt = [yaml.safe_load(run["settings.yaml"])["train_seg"]["loss"] for run in kept.values()]
+    assert learnt == ["nal", "crf"]
     for loss in "nal", "crf":
         made = yaml.safe_load((folder / f"runs/voc2007_{loss}_0_improved/settings.yaml").read_text())["train_seg"]
         kinds = [str(labels.relative_to(folder) / kind) for kind in ("Ycrf", "Yret")]

@@ -25,7 +25,7 @@ V2 = {"plain": ("DeepLab-V2 (ResNet-101), plain", None),
 def table(config) -> str:
     """config: as of settings.read."""
     val, scores = config.data.val, read_scores(config.path)
-    network = V1 if config.train_seg.backbone.startswith("vgg16") else V2
+    network = V2 if config.train_seg.backbone.startswith("resnet") else V1
     lines = [f"| mIoU, % | paper, VOC 2012 val | here, {config.path.name}, "
              f"{val} |", "|---|---|---|"]
     for kind, (title, theirs) in (PAPER | network).items():

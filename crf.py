@@ -19,7 +19,7 @@ def dense_crf(
     terms. The defaults are the paper's for labels.
 
     image (H, W, 3): uint8 RGB, the picture itself, not normalised.
-    probabilities (L, H, W): positive, summing to 1 over L up to rounding.
+    probabilities (L, H, W): in [0, 1], with a sum over L of 1 up to rounding.
     bilateral: weight, standard deviations in pixels and in colour (0..255).
     gaussian: weight, standard deviation in pixels.
 

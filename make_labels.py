@@ -171,7 +171,7 @@ def label_by_crf(marginals: np.ndarray, u: Unaries) -> Tensor:
     class inside its own boxes only.
     """
     scores = torch.from_numpy(marginals)
-    scores[1:] *= u.own
+    scores = torch.cat((scores[:1], scores[1:] * u.own))
     # max, since argmax is slower
     return torch.tensor([0, *u.classes])[scores.max(0).indices]
 
@@ -281,8 +281,10 @@ def main(config: SimpleNamespace) -> None:
     # All are opened first, so that a fault ends this before the work.
     lists = {split: datasets.VOCDataset(data.root, split, data.classes)
              for split in splits}
-    made_with = runs.settings_of(config, "make_labels", without=(
-        "weights", "splits", "pictures"))
+    without = {"weights", "splits", "pictures"}
+    if s.unary == "attention":
+        without |= {"logit_scale", "logit_bias", "cosine_scale", "sizes"}
+    made_with = runs.settings_of(config, "make_labels", without=without)
     runs.discard_outdated(config, config.path / "labels", "make_labels",
                           made_with, Path(s.weights or config.path / "cls.pt"))
     for split, dataset in lists.items():

@@ -124,7 +124,8 @@ class BAP(nn.Module):
         A(p) = 1 outside boxes, inside the mean over j of ReLU(cos(f(p), q_j))
         r_i  = sum_{p in box i} (1 - A(p)) f(p) / sum_{p in box i} (1 - A(p))
 
-    A cell that background or a box covers in part counts in that part.
+    A cell that background or a box covers in part counts in that part; its A
+    is the mean over the cell, 1 on the part that is background.
 
     grid: the feature map is cut into grid x grid equal grid cells.
     bins: a box is cut into bins x bins equal parts, each with an r.
@@ -274,7 +275,9 @@ class Upsampled:
         return dot / self.norm.clamp(min=1e-12)
 
     def mean(self, masks: Tensor) -> Tensor:
-        """The mean over masks (K, H, W) of 0 and 1: (K, C); 0 over none."""
+        """The mean over masks (K, H, W) of 0 and 1: (K, C); 0 over none. Masks
+        of weights in [0, 1] give the weighted mean, if they sum to 1 or more.
+        """
         masks = masks.to(self.features.dtype)
         cells = (self.rows.T @ masks @ self.columns).flatten(1)
         count = masks.sum((1, 2))[:, None].clamp(min=1)
@@ -451,7 +454,12 @@ def timm_backbone(name, source, state):
             raise  # a fault of the machine; without a network there is none
         words = " ".join(str(error).split())
         raise WeightsError(f"backbone timm/{name}: {words}") from None
-    for m in module.modules():
+    with torch.no_grad():
+        cells = module.eval()(torch.zeros(1, 3, 65, 65))[0].shape[2:]
+    if cells != (9, 9):  # as of ConvNeXt, whose patches lie side by side
+        raise WeightsError(f"backbone timm/{name}: its cells do not lie on "
+                           "every eighth pixel; choose another")
+    for m in module.train().modules():
         depthwise = type(m) is nn.Conv2d and m.groups == m.in_channels > 1
         if depthwise and m.dilation != (1, 1):
             m.__class__ = DilatedDepthwise

@@ -55,14 +55,14 @@ class Data:
     train: str = "train_aug"
     val: str = "val"  # images that training never sees; may be empty
     truth: str = "SegmentationClassAug"  # folder of true masks
-    masks: str = ""  # list whose true masks stage 3 learns from as well
+    masks: str = ""  # part of train whose true masks stage 3 learns from
 
 
 @dataclass
 class Training:
     """What stages 1 and 3 share. The defaults are the paper's."""
-    # vgg16, vgg16_bn, resnet50, resnet101, resnet152, resnet101_caffe or
-    # timm/NAME
+    # vgg16, vgg16_bn, resnet50, resnet101, resnet152, one of these three with
+    # _caffe behind it, or timm/NAME
     backbone: str = "vgg16"
     width: float = 1.0  # of vgg16: a factor on every layer's channels
     dropout: float = 0.5  # of vgg16: share of the channels of fc6 and fc7
@@ -111,6 +111,7 @@ class MakeLabels:
     # What the CRF starts from: attention, the paper's {u0, u_c}; or logits,
     # the classifier's, k w_0 . f and k (w_c . f + d), w . f averaged over the
     # image at these sizes, plus s cos(f, q_c), q_c the class's mean feature.
+    # With logits the four settings above change no label.
     unary: Literal["attention", "logits"] = "attention"
     logit_scale: float = 0.05  # k
     logit_bias: float = 6.0  # d

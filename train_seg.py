@@ -100,6 +100,10 @@ def main(config: SimpleNamespace) -> None:
         masks=folders, truth=data.truth, exact=masked,
         transform=datasets.training_transform(
             s.crop, network.fill, s.scale, s.jitter))
+    if unused := sorted({*masked} - {*dataset.ids}):
+        raise UsageError(f"data.masks: {unused[0]} is not in data.train "
+                         f"({len(unused)} of {len(masked)} are not); add it "
+                         "there, so that it is learnt from")
     if s.labels:
         refuse_empty_labels(dataset)
 

@@ -4,8 +4,8 @@
 
 Over the images of LIST that have a true mask: Yret of each classifier, with prototypes from the true masks (void counts
 as background) and from the labels in each folder YCRF. Prints mIoU, %: a row a classifier, a column a source. Then, of
-the prototypes from the true masks, the mistakes between objects and the background inside boxes; of object pixels also
-on either side of A = 1/2, the classifier's own background attention.
+the prototypes from the true masks, the mistakes inside boxes between objects and background; of object pixels also on
+either side of A = 1/2, the classifier's own background attention.
 """
 import sys
 from pathlib import Path
@@ -24,10 +24,10 @@ import settings  # noqa: E402
 
 
 def mistakes(truth, y_ret, attention):
-    """(pixels, of these wrong) of objects with A < 1/2 and with more, which are wrong if called background; and of the
-    background inside boxes, where A < 1, which is wrong if called an object: (3, 2). All arguments are (H, W)."""
-    known, objects, found = truth != datasets.VOID, truth > 0, y_ret > 0
-    kinds = objects & (attention < 0.5), objects & (attention >= 0.5), ~objects & (attention < 1)
+    """(pixels, of these wrong) inside boxes, where A < 1: of objects with A < 1/2 and with more, wrong if called
+    background; and of the background, wrong if called an object: (3, 2). All arguments are (H, W)."""
+    known, objects, found = (truth != datasets.VOID) & (attention < 1), truth > 0, y_ret > 0
+    kinds = objects & (attention < 0.5), objects & (attention >= 0.5), ~objects
     return torch.stack([torch.stack(((kind & known).sum(), (kind & known & (found != objects)).sum()))
                         for kind in kinds])
 

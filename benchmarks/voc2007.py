@@ -128,11 +128,11 @@ def classify(run, settings, rows, before):
         stage("make_labels", run + row, settings + changes + weights, before)
 
 
-def table_of_labels(classifiers):
+def table_of_labels(runs):
     """mIoU of each run's labels on each list that it scored."""
     print("| run | list | images | box | Ycrf | Yret |\n"
           "|---|---|---|---|---|---|")
-    for run in (run + row for run, _, rows, _ in classifiers for row in rows):
+    for run in runs:
         path = Path("runs", f"voc2007_{run}", "labels/scores.json")
         for split, scores in json.loads(path.read_text()).items():
             cells = " | ".join(f"{scores[kind]['miou']:.1f}"
@@ -201,7 +201,7 @@ def segment(run, changes):
 def evaluate(detail, settings):
     stage("eval", f"nal_0{detail}",
           ["eval.weights=runs/voc2007_nal_0/seg.pt", "eval.panels=0", *FULL,
-           *settings], EVALUATIONS[detail])
+           *settings, "run.workers=0"], EVALUATIONS[detail])
 
 
 def table_of_segmenters(runs):
@@ -229,14 +229,13 @@ def gather(name, folders):
 
 
 def main(name, settings):
+    made, table = [], table_of_segmenters
     with ThreadPoolExecutor(JOBS) as pool:
         if name == "evaluation":
             list(pool.map(lambda detail: evaluate(detail, settings),
                           EVALUATIONS))
-            return table_of_segmenters(["nal_0", *(
-                f"nal_0{detail}" for detail in EVALUATIONS)])
-        if name in ("seg_length", "segmenters", "improved", "nal"):
-            made = []
+            made = ["nal_0", *(f"nal_0{detail}" for detail in EVALUATIONS)]
+        elif name in ("seg_length", "segmenters", "improved", "nal"):
             for labels, changes, rows in segmenters(name):
                 # All that they learn from, before any of them.
                 stage("make_labels", labels,
@@ -244,14 +243,14 @@ def main(name, settings):
                 list(pool.map(lambda row: segment(row[0], row[1] + settings),
                               rows.items()))
                 made += rows
-            table_of_segmenters(made)
-            return gather(name, [f"runs/voc2007_{run}" for run in made])
-        classifiers = study(name)
-        list(pool.map(lambda c: classify(c[0], c[1] + settings, *c[2:]),
-                      classifiers))
-    table_of_labels(classifiers)
-    gather(name, [f"runs/voc2007_{run}{row}" for run, _, rows, _ in classifiers
-                  for row in rows])
+        else:
+            classifiers, table = study(name), table_of_labels
+            list(pool.map(lambda c: classify(c[0], c[1] + settings, *c[2:]),
+                          classifiers))
+            made = [run + row for run, _, rows, _ in classifiers
+                    for row in rows]
+    table(made)
+    gather(name, [f"runs/voc2007_{run}" for run in made])
 
 
 if __name__ == "__main__":

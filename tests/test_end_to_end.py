@@ -345,6 +345,9 @@ def test_semi_supervised(spoilt, capsys, monkeypatch):
     assert not all(torch.equal(weights[k], other[k]) for k in weights)
     line = refused("train_seg", capsys, monkeypatch, "data.masks=train")
     assert "data.masks 'known' -> 'train'" in line
+    Path("data/shapes/ImageSets/Segmentation/rest.txt").write_text("\n".join(ids[2:]))
+    line = refused("train_seg", capsys, monkeypatch, "data.masks=known", "data.train=rest")
+    assert f"data.masks: {ids[0]} is not in data.train (2 of 3 are not)" in line
 
 
 @pytest.mark.parametrize("argument", ["pooling=gap", "grid=2", "bins=1", "balance=true", "run.precision=bf16",

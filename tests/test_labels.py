@@ -154,7 +154,9 @@ def labels_of(marginals, up, boxes, labels, weight):
     """Ycrf and Yret."""
     own = make_labels.unions(boxes, labels, [1, 2], (HEIGHT, WIDTH))
     u = make_labels.Unaries(up, [1, 2], own, None, None, None)
-    y_crf = make_labels.label_by_crf(marginals.clone().numpy(), u)
+    before = marginals.clone()
+    y_crf = make_labels.label_by_crf(marginals.numpy(), u)
+    assert marginals.equal(before)
     return y_crf, make_labels.label_by_prototypes(y_crf, u, weight)
 
 

@@ -804,6 +804,16 @@ def test_gradients_in_bf16_read_no_memory_that_nobody_wrote(backbone, width):
     assert len(run.stdout.splitlines()) > 10 and not far
 
 
+def test_timm_whose_patches_lie_side_by_side():
+    """Cell j of ConvNeXt sees pixels 8 j to 8 j + 7, and the last column of pixels is seen by none."""
+    pytest.importorskip("timm")
+    with pytest.raises(WeightsError, match="timm/convnext_atto: its cells do not lie on every eighth pixel"):
+        DeepLab(3, backbone="timm/convnext_atto")
+    network = DeepLab(3, backbone="timm/mobilenetv3_small_050")
+    assert network.training and network.backbone.training
+    assert network.features(torch.rand(2, 3, 65, 65)).shape[2:] == (9, 9)
+
+
 def test_timm_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(WeightsError, match="pip install timm"):

@@ -120,7 +120,7 @@ def test_evaluation_study(voc2007, folder, capsys):
     small = [*(text.replace("cls.", "seg.") for text in SMALL), "eval.crf_iterations=1"]
     voc2007.stage("train_seg", "nal_0", [*small, "train_seg.labels=[SegmentationClass]"])
     voc2007.stage("eval", "nal_0", [*small, *voc2007.FULL])
-    voc2007.main("evaluation", small)
+    voc2007.main("evaluation", [*small, "run.workers=1"])
     table = capsys.readouterr().out
     rows = re.findall(r"^\| (nal_0\w*) \| Segmentation/test \| 2 \| (.+) \| ([\d.]+) \|$", table, re.M)
     assert [row[0] for row in rows] == ["nal_0", "nal_0_bytes", "nal_0_antialias"]
@@ -129,6 +129,8 @@ def test_evaluation_study(voc2007, folder, capsys):
         results = json.loads((folder / f"runs/voc2007_{run}/eval.json").read_text())
         assert miou == f"{results[f'Segmentation/test, {method}']['miou']:.1f}"
         made[run] = [path.read_bytes() for path in sorted((folder / f"runs/voc2007_{run}/predictions").rglob("*.png"))]
+    kept = json.loads((folder / "runs/voc2007_evaluation.json").read_text())
+    assert list(kept) == [f"voc2007_{run}" for run in made]
     assert made["nal_0"] != made["nal_0_bytes"] and made["nal_0"] != made["nal_0_antialias"]
 
 

@@ -369,6 +369,15 @@ def test_every_setting_of_stage_2_labels(spoilt, monkeypatch, argument):
     assert len(list(Path("runs/shapes/labels/Ycrf").glob("*.png"))) == 4
 
 
+def test_labels_remember_the_settings_that_made_them(spoilt, capsys, monkeypatch):
+    """Those of logits decide nothing without logits."""
+    import make_labels
+    monkeypatch.setattr(sys, "argv", ["make_labels.py", *SMALL, "logit_scale=0.3", "sizes=[1]"])
+    runs.launch("make_labels", make_labels.main)
+    line = refused("make_labels", capsys, monkeypatch, "unary=logits", "logit_scale=0.3")
+    assert "make_labels.unary 'attention' -> 'logits'" in line and "make_labels.logit_scale None -> 0.3" in line
+
+
 def test_average_pooling_is_bap_that_takes_every_image_plainly():
     assert models.BAP(min_background=1.0)(torch.rand(1, 2, 3, 3), [torch.tensor([[0., 0, 9, 9]])], (17, 17)) \
         .foreground.shape == (1, 4, 2)

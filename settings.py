@@ -34,7 +34,8 @@ class Run:
     name: str = "shapes"  # results go to runs/NAME
     seed: int = 0
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    # bf16: autocast with fp32 weights. On a GPU fp32 convolutions are TF32.
+    # bf16: autocast with fp32 weights; slow on a CPU without AMX. On a GPU
+    # fp32 convolutions are TF32.
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = 2  # processes that read images or run the CRF
     log_every: int = 20  # iterations between lines of metrics.jsonl

@@ -1,7 +1,7 @@
 """Time and peak memory of every part, next to its floor and to the naive form in naive.py, on the machine at hand.
 
     python benchmarks/speed.py            everything but recipes
-    python benchmarks/speed.py recipes    a training step of each file in configs/, at its own batch
+    python benchmarks/speed.py recipes [NAME ...]    a training step of files in configs/ (all), at their own batch
     python benchmarks/speed.py plot       docs/speed.png alone
 
 Each row times its columns in turn, several rounds in one run, and takes medians: the ratios are the figures. The
@@ -325,7 +325,7 @@ def at_once(network, workers):
     return max(network, workers) if GPU else network + workers
 
 
-def recipes(names=RECIPES):
+def recipes(names):
     """Memory is all that torch allocates on the GPU: weights, optimizer, activations."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as runs.py does, for the deterministic columns
     title("training step", "crops", "fp32, s", "bf16, s", "fp32, deterministic, s", "bf16, deterministic, s",
@@ -466,8 +466,8 @@ def main():
     print(f"{machine()}; torch {torch.__version__}")
     if sys.argv[1:] == ["plot"]:
         return scaling()
-    if sys.argv[1:] == ["recipes"]:
-        return recipes()
+    if sys.argv[1:2] == ["recipes"]:
+        return recipes(sys.argv[2:] or RECIPES)
     torch.backends.cudnn.benchmark = True  # as engine.train does
     steps = training()
     pooling_and_loss()

@@ -58,14 +58,15 @@ def test_rates_of_known_times(speed, monkeypatch):
     assert speed.at_once(3, 2) == (3 if speed.GPU else 5)
 
 
-def test_recipes(speed, capsys, tmp_path):
+def test_recipes(speed, monkeypatch, capsys, tmp_path):
     """A step of both stages of a small recipe; all files of configs/ but the demo's are measured."""
     files = {file.stem for file in (ROOT / "configs").iterdir()}
     assert set(speed.RECIPES) == files - {"shapes"}
     (tmp_path / "configs").mkdir()
     sizes = "{batch: 2, crop: 65, width: 0.0625}"
     (tmp_path / "configs/tiny.yaml").write_text(f"train_cls: {sizes}\ntrain_seg: {sizes}\n")
-    speed.recipes(["tiny"])
+    monkeypatch.setattr(sys, "argv", ["speed.py", "recipes", "tiny"])
+    speed.main()
     rows = capsys.readouterr().out.splitlines()[-2:]
     for stage, row in zip(("stage_1", "stage_3"), rows, strict=True):
         assert row.startswith(f"| tiny, {stage}, vgg16 | 2 of 65 | 1 | 1 | 1 | 1 |")

@@ -96,6 +96,7 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
         optimizer.zero_grad(set_to_none=True)
         values["loss"].backward()
         optimizer.step()
+        lr = float(schedule.get_last_lr()[0])
         schedule.step()
 
         values = {name: v.detach() for name, v in values.items()}
@@ -113,7 +114,6 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
                 chosen = f"chosen on {len(val)} images of {config.data.val}"
                 keep_best(best, checkpoint() | dict(miou=miou, chosen=chosen))
         if logs:
-            lr = float(schedule.get_last_lr()[0])
             progress.set_postfix(loss=numbers["loss"], lr=f"{lr:.2g}")
             runs.log(config, script, iteration, lr=lr, **numbers)
         if saves:

@@ -34,7 +34,7 @@ class Run:
     name: str = "shapes"  # results go to runs/NAME
     seed: int = 0
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    # bf16: autocast with fp32 weights; slow on a CPU without AMX. On a GPU
+    # bf16: autocast with fp32 weights; on a CPU it may be slower. On a GPU
     # fp32 convolutions are TF32.
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = 2  # processes that read images or run the CRF
@@ -80,7 +80,9 @@ class Training:
     decay: float = 5e-4
     warmup: int = 0  # iterations over which lr rises to its value
     poly: float = 0.9  # lr x (1 - iteration / iterations) ^ poly
-    balance: bool = False  # draw rare classes as often as frequent ones
+    # Draw an image in proportion to 1 / the number of images that show its
+    # rarest class.
+    balance: bool = False
 
 
 @dataclass

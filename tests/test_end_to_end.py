@@ -103,6 +103,7 @@ def test_metrics_hold_every_number(work):
         ("train_cls", 2), ("train_cls", 4), ("make_labels", None), ("make_labels", None),
         ("train_seg", 2), ("train_seg", 4), ("eval", None)]
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert all(line["lr"] > 0 for line in lines if "lr" in line)  # of that step, not of one after the last
 
 
 def test_panels_hold_two_rows(work):

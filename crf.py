@@ -34,10 +34,10 @@ def dense_crf(
     if probabilities.dtype.kind != "f" or shape[1:] != (height, width):
         raise ValueError(f"probabilities are {probabilities.dtype} {shape}, "
                          f"not float (L, {height}, {width})")
-    labels = shape[0]
-    if labels == 1:
+    num_labels = shape[0]
+    if num_labels == 1:
         return np.ones(shape, np.float32)
-    crf = densecrf.DenseCRF2D(width, height, labels)
+    crf = densecrf.DenseCRF2D(width, height, num_labels)
     # Clipped, so that no label is forbidden for good.
     unary = unary_from_softmax(probabilities.astype(np.float32), clip=1e-5)
     crf.setUnaryEnergy(np.ascontiguousarray(unary))

@@ -39,8 +39,9 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     images with a true mask that are scored every s.val_every iterations and
     at the end.
 
-    Every save_every iterations NAME.partial receives all that is needed to
-    resume; where it exists, the training resumes from it.
+    Every save_every iterations a file beside it, cls.pt.partial or
+    seg.pt.partial, receives all that is needed to resume; where it exists,
+    the training resumes from it.
     """
     s = getattr(config, script)
     path = config.path / {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
@@ -243,7 +244,7 @@ def random_states(config: SimpleNamespace) -> list[list[torch.Tensor]]:
 
 def resume(config: SimpleNamespace, partial: Path, made_with: dict,
            parts: dict) -> int:
-    """Loads NAME.partial into the parts, if it exists. Returns how many
+    """Loads `partial` into the parts, if it exists. Returns how many
     iterations are done.
     """
     if not partial.exists():

@@ -7,7 +7,7 @@ predictions and panels as pictures.
 
 Reads data.root and runs/NAME/seg.pt, or the file eval.weights; writes
 runs/NAME/eval.json, predictions/METHOD/ID.png and what pictures.py draws; of
-photographs, pictures/METHOD/NAME.png and NAME_overlay.png.
+photographs, pictures/METHOD/ID.png and ID_overlay.png.
 """
 import glob
 from collections import Counter
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 import datasets
 import engine
@@ -39,13 +39,10 @@ class Photos(Dataset):
 
     def __init__(self, pattern: str, max_side: int):
         place = Path(pattern)
-        if place.is_dir():
-            paths = sorted(p for p in place.iterdir() if p.name[0] != ".")
-        else:
-            found = [place] if place.exists() else map(Path,
-                                                       glob.glob(pattern))
-            paths = sorted(found)
-        paths = [path for path in paths if path.is_file()]
+        found = (place.iterdir() if place.is_dir() else [place]
+                 if place.exists() else map(Path, glob.glob(pattern)))
+        paths = sorted(path for path in found
+                       if path.is_file() and path.name[0] != ".")
         if not paths:
             raise UsageError(f"eval.images: {pattern}: no such files")
         self.ids = unique_names(paths)
@@ -103,16 +100,13 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
     The CRF runs in worker processes.
     """
     s = config.eval
-    mine = runs.of_this_rank(len(dataset))
     # Photographs are predicted each time: the same name may be another one.
-    left = [i for i in mine
-            if s.images or not (folder / f"{dataset.ids[i]}.png").exists()]
-    bar = runs.bar(runs.in_workers(config, Subset(dataset, left)),
-                   f"eval {engine.method(config)}",
-                   initial=len(mine) - len(left), total=len(mine))
+    samples = runs.samples_left(
+        config, dataset, f"eval {engine.method(config)}",
+        lambda name: not s.images and (folder / f"{name}.png").exists())
 
     def cosines():
-        for sample in bar:
+        for sample in samples:
             if "fault" in sample:
                 print(f"skipped: {sample['fault']}")
                 continue

@@ -10,7 +10,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 def classifier(path: models.PathLike = "") -> models.Network:
     """Stage 1's network, of images and boxes, in evaluation mode, with its
     `classes`; from a cls.pt, if `path` names one. models.WeightsError: the
-    file is missing, or is none.
+    file is missing or is not a checkpoint.
     """
     return models.load(path or WEIGHTS / "voc2007_cls.pth")
 

@@ -118,8 +118,8 @@ def log_softmax(cosine: Tensor, temperature: float) -> Tensor:
 
 
 def at_label(scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """scores (N, L, H, W) of each pixel's label: (N, H, W). Void is read as
-    label 0, so nothing may count it.
+    """scores (N, L, H, W) of each pixel's label: (N, H, W). A void pixel gets
+    label 0's score, which the caller must leave out.
     """
     channel = torch.where(labels == ignore_index, 0, labels.long())
     return scores.gather(1, channel[:, None])[:, 0]

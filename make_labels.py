@@ -4,11 +4,11 @@ labels Ycrf and Yret, and their scores.
     python make_labels.py [CONFIG.yaml] [key=value ...]
 
 Reads data.root and runs/NAME/cls.pt, or the file make_labels.weights. Writes
-to runs/NAME/labels, for the lists data.train and data.val: Ycrf/ID.png,
-Yret/ID.png and box/ID.png (whole boxes as labels, the baseline); scores.json,
-over the images that have a true mask; and for a few images u0/ID.png and
-cam/ID.png, the highest u_c of each pixel, before the CRF. Images whose labels
-exist are skipped.
+to runs/NAME/labels, for the lists of make_labels.splits (by default data.train
+and data.val): Ycrf/ID.png, Yret/ID.png and box/ID.png (whole boxes as labels,
+the baseline); scores.json, over the images that have a true mask; and for a
+few images u0/ID.png and cam/ID.png, the highest u_c of each pixel, before the
+CRF. Images whose labels exist are skipped.
 """
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
 
 import datasets
 import engine
@@ -39,7 +38,7 @@ class Unaries(NamedTuple):
     own: Tensor  # (classes, H, W) bool: the union of each class's boxes
     u0: Tensor  # (H, W) in [0, 1]: background attention, 1 outside boxes
     cams: Tensor  # (classes, H, W) in [0, 1]: u_c
-    probabilities: Tensor  # (1 + classes, H, W): of them, for the CRF
+    probabilities: Tensor  # (1 + classes, H, W): what the CRF starts from
 
 
 def unions(boxes: Tensor, labels: Tensor, classes: list[int],
@@ -222,15 +221,12 @@ def label_split(config: SimpleNamespace, network: models.BoxClassifier,
         kinds = (*KINDS, "u0", "cam") if name in pictured else KINDS
         return [folder / kind / f"{name}.png" for kind in kinds]
 
-    mine = runs.of_this_rank(len(dataset))
-    left = [i for i in mine
-            if not all(path.exists() for path in files(dataset.ids[i]))]
-    bar = runs.bar(runs.in_workers(config, Subset(dataset, left)),
-                   f"make_labels {split}", initial=len(mine) - len(left),
-                   total=len(mine))
+    samples = runs.samples_left(
+        config, dataset, f"make_labels {split}",
+        lambda name: all(path.exists() for path in files(name)))
 
     def crf_tasks():
-        for sample in bar:
+        for sample in samples:
             u = unaries(config, network, sample)
             image = sample["image"].permute(1, 2, 0).numpy()
             yield (sample, u), (image, u.probabilities.cpu().numpy(),

@@ -34,8 +34,8 @@ Size = Sequence[int]  # height, width
 State = dict[str, Tensor]  # a state dict
 PathLike = str | os.PathLike
 STRIDE = 8  # pixels from one feature cell to the next, for every backbone
-# The area of background, in feature cells, that makes a grid cell a query.
-# Less is the rounding of an edge.
+# A grid cell makes a query if it holds more background than this, in feature
+# cells; less is rounding at an edge.
 LEAST_QUERY = 1e-5
 
 
@@ -84,7 +84,7 @@ def divide(low, high, parts, like):
     return torch.stack((edges[..., :-1], edges[..., 1:]), -1)
 
 
-def overlap(intervals, cells):
+def length_inside(intervals, cells):
     """The length of each cell (n, 2) inside intervals (..., 2): (..., n)."""
     start = torch.maximum(intervals[..., :1], cells[:, 0])
     end = torch.minimum(intervals[..., 1:], cells[:, 1])
@@ -100,7 +100,7 @@ def coverage(intervals, pixels, cells):
     centre = numbers(cells, intervals) * step + 0.5
     extent = torch.stack((centre - step / 2, centre + step / 2), 1)
     extent = extent.clamp(0, pixels)
-    return overlap(intervals, extent) / (extent[:, 1] - extent[:, 0])
+    return length_inside(intervals, extent) / (extent[:, 1] - extent[:, 0])
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -179,8 +179,8 @@ class BAP(nn.Module):
         m = (rows.T @ background @ columns).flatten(2)  # (N, 1, hw)
 
         # q_j: a feature cell counts with its area of background in j.
-        rows = overlap(divide(0, h, self.grid, m), divide(0, h, h, m))
-        columns = overlap(divide(0, w, self.grid, m), divide(0, w, w, m))
+        rows = length_inside(divide(0, h, self.grid, m), divide(0, h, h, m))
+        columns = length_inside(divide(0, w, self.grid, m), divide(0, w, w, m))
         area = torch.einsum("ay,bx->abyx", rows, columns)
         area = area.reshape(1, -1, h * w) * m  # (N, grid * grid, hw)
         total = area.sum(2)
@@ -308,8 +308,8 @@ CAFFE_BLOB = "7a933a082bdab72e8af949a837fc6abde17a9ea6"
 def build_backbone(
         name: str, weights: PathLike = "none", dilation: int = 1,
         width: float = 1.0, dropout: float = 0.5) -> tuple[Any, dict, set]:
-    """The arguments are those of `Network`; dilation is fc6's. A new backbone
-    is a new branch here. Each returns
+    """The arguments are those of `Network`; dilation is fc6's. To add a
+    backbone, add a branch. Returns
 
     module: maps images of sides 8 k + 1, less mean and over std, to features
         (N, channels, h, w), or to a list of these alone. Cell j lies on pixel
@@ -322,7 +322,7 @@ def build_backbone(
         raise WeightsError(f"backbone: {name!r} is none of "
                            f"{', '.join(BACKBONES)}, timm/NAME")
     if width != 1 and not name.startswith("vgg16"):
-        raise WeightsError(f"width: {width} is for vgg16 alone, not {name}")
+        raise WeightsError(f"width: {width} is for vgg16 and vgg16_bn, not {name}")
     caffe = name.endswith("_caffe")
     if (source == "caffe" and name != "vgg16"
             or source == "imagenet" and caffe):

@@ -57,7 +57,7 @@ def heat_map(image: np.ndarray, heat: np.ndarray) -> Image.Image:
 
 def write_overlays(paths: dict[str, Path], folder: Path,
                    classes: Sequence[str]) -> None:
-    """NAME_overlay.png beside each NAME.png: the photograph, with the labels'
+    """ID_overlay.png beside each ID.png: the photograph, with the labels'
     colours over the objects. classes: the names of labels 1, 2, ...
     """
     written = [name for name in paths if (folder / f"{name}.png").exists()]

@@ -31,7 +31,7 @@ from typing import IO, Any, TypeVar
 import torch
 import torch.distributed as dist
 import yaml
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import datasets
@@ -173,6 +173,15 @@ def of_this_rank(count: int) -> range:
     return range(count)[rank()::num_ranks()]
 
 
+def samples_left(config: SimpleNamespace, dataset: Any, title: str,
+                 is_done: Callable[[str], bool]) -> tqdm:
+    """This rank's samples whose id is not done yet, under a bar."""
+    mine = of_this_rank(len(dataset))
+    left = [i for i in mine if not is_done(dataset.ids[i])]
+    return bar(in_workers(config, Subset(dataset, left)), title,
+               initial=len(mine) - len(left), total=len(mine))
+
+
 def spread(items: Sequence, count: int) -> list:
     """`count` of the items, evenly spaced."""
     count = min(count, len(items))
@@ -227,7 +236,8 @@ def hold(config: SimpleNamespace) -> None:
 
 
 def lock(file: IO) -> None:
-    """Without waiting. The system drops it with the process."""
+    """Locks a file, or raises at once if another process holds it. The lock
+    ends with this process."""
     try:
         import fcntl
     except ImportError:  # Windows

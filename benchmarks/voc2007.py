@@ -201,6 +201,7 @@ def segment(run, changes):
 def evaluate(detail, settings):
     stage("eval", f"nal_0{detail}",
           ["eval.weights=runs/voc2007_nal_0/seg.pt", "eval.panels=0", *FULL,
+           # Last: workers would import the CRF without the detail.
            *settings, "run.workers=0"], EVALUATIONS[detail])
 
 

@@ -3,9 +3,9 @@
     python tools/download_voc.py 2007 DIR    0.9 GB to fetch
     python tools/download_voc.py 2012 DIR    3.4 GB: VOC and SBD, merged. Needs scipy
 
-What has such a name is whole. Whatever stopped it, the same command
-goes on: archives that lie in DIR whole are kept, any other is fetched
-from its beginning. Once it is done, DIR's archives may be removed.
+A folder of this name is complete. Whatever stopped it, the same command
+continues: complete archives in DIR are kept, any other is fetched from its
+beginning. Once it is done, DIR's archives may be removed.
 """
 import os
 import shutil

@@ -163,8 +163,8 @@ class Picture:
 
 
 class Export:
-    """The files of SOURCE. `faults` are of an image or a line each; `broken`
-    are of more, so --skip-faults does not pass over them."""
+    """The files of SOURCE. `faults` concern one image or line each; `broken`
+    concern more than that, so --skip-faults does not skip them."""
 
     def __init__(self, root, options):
         self.root, self.options, self.files = root, options, [*scan(root)]
@@ -206,8 +206,9 @@ class Export:
 
 
 def read_each(export, ending, mark, parse):
-    """parse(path, picture) of each file, an image's by its name. A file of no
-    image is a fault if it looks like an annotation, or is empty among some."""
+    """parse(path, picture) of each file, an image's by its name. A file named
+    like no image is a fault if it looks like an annotation, or is empty and
+    lies beside annotations."""
     named = {*export.named(ending)}
     beside = {path.parent for path in named}
     for path in export.ending(ending):
@@ -508,8 +509,9 @@ def labels_of(mask, export):
 
 
 def examine(image, most):
-    """(upright size, EXIF's turn, format, picture) of an open image; without
-    the picture where the file will do, though that is decoded all the same."""
+    """(upright size, EXIF's turn, format, picture) of an open image; picture
+    is None if the file can be used as it is, but it is decoded all the same,
+    to find damage."""
     kind, turn, size = image.format, image.getexif().get(274), image.size
     turn = turn if turn in range(2, 9) else 1
     plain = image.mode in ("RGB", "L") and not image.has_transparency_data
@@ -636,7 +638,7 @@ def source_classes(export):
     if export.kind == "VOC XML" and used < {*VOC_CLASSES}:
         # The masks of a part of VOC count the classes that it lacks as well.
         for path in export.masks:
-            with noted([], kinds=DataError):  # it is named later
+            with noted([], kinds=DataError):  # convert reports it
                 counts = open_image(path, Image.Image.histogram)
                 if len(counts) == 256 and any(counts[len(used) + 1:VOID]):
                     return [*VOC_CLASSES]

@@ -39,10 +39,13 @@ class Photos(Dataset):
 
     def __init__(self, pattern: str, max_side: int):
         place = Path(pattern)
-        found = (place.iterdir() if place.is_dir() else [place]
-                 if place.exists() else map(Path, glob.glob(pattern)))
-        paths = sorted(path for path in found
-                       if path.is_file() and path.name[0] != ".")
+        if place.is_dir():
+            paths = sorted(p for p in place.iterdir() if p.name[0] != ".")
+        else:
+            found = [place] if place.exists() else map(Path,
+                                                       glob.glob(pattern))
+            paths = sorted(found)
+        paths = [path for path in paths if path.is_file()]
         if not paths:
             raise UsageError(f"eval.images: {pattern}: no such files")
         self.ids = unique_names(paths)

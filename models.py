@@ -322,7 +322,8 @@ def build_backbone(
         raise WeightsError(f"backbone: {name!r} is none of "
                            f"{', '.join(BACKBONES)}, timm/NAME")
     if width != 1 and not name.startswith("vgg16"):
-        raise WeightsError(f"width: {width} is for vgg16 and vgg16_bn, not {name}")
+        raise WeightsError(f"width: {width} is for vgg16 and vgg16_bn, not "
+                           f"{name}")
     caffe = name.endswith("_caffe")
     if (source == "caffe" and name != "vgg16"
             or source == "imagenet" and caffe):

@@ -129,3 +129,13 @@ def test_make():
 def test_every_command_is_found():
     """A block in another style would go untested."""
     assert len(commands()) > 40 and not re.search(r"```(bash|sh|console)", README)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_has_its_head(page):
+    """As many cells in the line above the rule as in the rule, and nothing of a paragraph before them."""
+    lines = ["", *(ROOT / page).read_text().splitlines()]
+    for number, line in enumerate(lines):
+        if line.startswith("|---"):
+            assert lines[number - 1].startswith("|") and not lines[number - 2], line
+            assert lines[number - 1].count("|") == line.count("|"), line

@@ -3,7 +3,7 @@
     python tools/download_voc.py 2007 DIR    0.9 GB to fetch
     python tools/download_voc.py 2012 DIR    3.4 GB: VOC and SBD, merged. Needs scipy
 
-A folder of this name is complete. Whatever stopped it, the same command
+A folder of that name is complete. Whatever stopped it, the same command
 continues: complete archives in DIR are kept, any other is fetched from its
 beginning. Once it is done, DIR's archives may be removed.
 """

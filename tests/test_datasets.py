@@ -476,6 +476,31 @@ def test_jitter_changes_colours_only():
         assert torch.equal(sample[key], plain[key])
 
 
+def test_jitter_is_brightness_then_contrast_then_saturation():
+    steps = training_transform(9, FILL, jitter=0.3).transforms[-3:]
+    found = [(step.brightness, step.contrast, step.saturation) for step in steps]
+    share = pytest.approx((0.7, 1.3))
+    assert found == [(share, None, None), (None, share, None), (None, None, share)]
+
+
+def test_the_crop_may_lie_anywhere():
+    y, x = torch.meshgrid(torch.arange(12), torch.arange(14), indexing="ij")
+    image = tv_tensors.Image(torch.stack([y, x, x]).byte())
+    transform, corners = training_transform(9, FILL, (1, 1), jitter=0), set()
+    for seed in range(400):
+        torch.manual_seed(seed)
+        crop = transform({"image": image})["image"]
+        corners.add((crop[0].min().item(), crop[1].min().item()))
+    assert corners == {(y, x) for y in range(4) for x in range(6)}
+
+
+def test_scaling_takes_pixels_as_opencv_does():
+    """At 1/3 each new pixel is the middle one of three, not their mean."""
+    image = ((torch.arange(27) % 3 == 1).byte() * 255).expand(3, 9, 27)
+    scaled = datasets.random_scale({"image": tv_tensors.Image(image)}, (1 / 3, 1 / 3))
+    assert scaled["image"].shape == (3, 3, 9) and (scaled["image"] > 250).all()
+
+
 def test_boxes_under_a_pixel_go_with_their_labels():
     sample = painted()
     boxes = torch.tensor([[10, 10, 10.9, 40], [10, 10, 11, 40],

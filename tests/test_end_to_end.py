@@ -14,7 +14,6 @@ from conftest import script as run_script
 from PIL import Image
 
 import datasets
-import models
 import runs
 from tools.shapes import SHAPES, make_shapes
 
@@ -344,6 +343,15 @@ def test_semi_supervised(spoilt, capsys, monkeypatch):
     runs.launch("train_seg", train_seg.main)
     other = torch.load("runs/shapes/seg.pt", weights_only=True)["model"]
     assert not all(torch.equal(weights[k], other[k]) for k in weights)
+    for name in ids[:3]:  # the same as if both labels were the true masks
+        for kind in ("Ycrf", "Yret"):
+            shutil.copy(MASK.format(name), f"runs/shapes/labels/{kind}/{name}.png")
+    both = "labels=[runs/shapes/labels/Ycrf, runs/shapes/labels/Yret]"
+    monkeypatch.setattr(sys, "argv", [
+        "train_seg.py", *SMALL, "name=copied", both, "train_seg.weights=runs/shapes/cls.pt"])
+    runs.launch("train_seg", train_seg.main)
+    copied = torch.load("runs/copied/seg.pt", weights_only=True)["model"]
+    assert all(torch.equal(copied[k], other[k]) for k in other)
     line = refused("train_seg", capsys, monkeypatch, "data.masks=train")
     assert "data.masks 'known' -> 'train'" in line
     Path("data/shapes/ImageSets/Segmentation/rest.txt").write_text("\n".join(ids[2:]))
@@ -377,8 +385,3 @@ def test_labels_remember_the_settings_that_made_them(spoilt, capsys, monkeypatch
     runs.launch("make_labels", make_labels.main)
     line = refused("make_labels", capsys, monkeypatch, "unary=logits", "logit_scale=0.3")
     assert "make_labels.unary 'attention' -> 'logits'" in line and "make_labels.logit_scale None -> 0.3" in line
-
-
-def test_average_pooling_is_bap_that_takes_every_image_plainly():
-    assert models.BAP(min_background=1.0)(torch.rand(1, 2, 3, 3), [torch.tensor([[0., 0, 9, 9]])], (17, 17)) \
-        .foreground.shape == (1, 4, 2)

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+import datasets
 import engine
 import models
+import runs
 import settings
 from settings import UsageError
 
@@ -59,6 +61,17 @@ def test_optimizer(name, kind):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
 
 
+@pytest.mark.parametrize("loaded, setting", [(True, True), (True, False), (False, True), (False, False)])
+def test_batch_normalisation_is_frozen_if_it_is_pretrained_and_shall_be(loaded, setting):
+    network = models.DeepLab(3, "vgg16_bn", width=0.0625)
+    network.freeze_norm = loaded
+    config = settings.read("train_seg", [])
+    config.device = torch.device("cpu")
+    made = engine.for_training(config, settings.TrainSeg(freeze_norm=setting), network)
+    trained = {m.training for m in made.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert trained == {not (loaded and setting)}
+
+
 class Tiny(torch.nn.Module):
     freeze_norm = False
 
@@ -93,6 +106,44 @@ def train_tiny(path, losses, lr=0.1, **run):
 
 def square(network, batch):
     return {"loss": network.layer(batch["image"]).square().mean() * torch.rand(())}
+
+
+def test_the_steps_are_those_of_sgd_by_hand(tmp_path):
+    """Of a gradient of 1: v = 0.9 v + 1 + 5e-4 b, then b -= 0.1 (1 - i / 7)^0.9 v."""
+    seen = []
+
+    def slope(network, batch):
+        seen.append(network.layer.bias.item())
+        return {"loss": network.layer.bias.sum()}
+
+    train_tiny(tmp_path, slope)
+    b, v = seen[0], 0
+    for i, found in enumerate(seen):
+        assert found == pytest.approx(b, rel=1e-4)
+        v = 0.9 * v + 1 + 5e-4 * b
+        b -= 0.1 * (1 - i / 7) ** 0.9 * v
+
+
+def test_balance_reaches_the_order(monkeypatch):
+    config = settings.read("train_cls", ["balance=true", "iterations=50", "batch=2", "run.workers=0"])
+    config.device = torch.device("cpu")
+    monkeypatch.setattr(datasets, "balance_weights", lambda dataset: torch.tensor([0.0] * 9 + [1]))
+    batches = engine.batches(config, config.train_cls, Noise(), 0)
+    assert {name for batch in batches for name in batch["id"]} == {"9"}
+
+
+def test_each_rank_draws_a_dropout_of_its_own(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(network, batch):
+        drawn.append(torch.rand(()).item())
+        return {"loss": network.layer.bias.sum()}
+
+    train_tiny(tmp_path / "0", draw)
+    monkeypatch.setattr(runs, "rank", lambda: 1)
+    with pytest.raises(FileNotFoundError):  # rank 0 alone writes
+        train_tiny(tmp_path / "1", draw)
+    assert drawn[0] != drawn[7]
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):
@@ -143,6 +194,8 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tmp_path, c
     with pytest.raises(UsageError, match="train_cls.lr 0.1 -> 0.2; set run.name to a new one, or over"):
         train_tiny(tmp_path, square, lr=0.2)
     assert (tmp_path / "cls.pt").read_bytes() == first
+    with pytest.raises(UsageError, match="run.seed 0 -> 1; set"):
+        train_tiny(tmp_path, square, seed=1)
     train_tiny(tmp_path, square, lr=0.2, overwrite=True)
     assert (tmp_path / "cls.pt").read_bytes() != first
 

@@ -1,10 +1,12 @@
 """Prediction by views."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import datasets
 import engine
 import eval as evaluation
 import settings
@@ -51,6 +53,34 @@ def test_flip_mirrors_back():
 def test_the_method_is_named(changes, name):
     config = SimpleNamespace(eval=settings.Eval(**changes))
     assert engine.method(config) == name
+
+
+class Sample(list):
+    ids = ["x"]
+
+
+def test_views_and_crf_are_those_of_the_settings(tmp_path, monkeypatch):
+    config = settings.read("eval", [
+        "scales=[0.5, 1]", "flip=true", "crf=true", "crf_bilateral=[1, 2, 3]", "crf_gaussian=[4, 5]",
+        "crf_iterations=6", "train_seg.temperature=3", "run.workers=0"])
+    config.device, seen = torch.device("cpu"), []
+    image, cosine = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8), torch.rand(2, 4, 5)
+    monkeypatch.setattr(engine, "predict", lambda network, image, *views: seen.append(views) or cosine)
+    monkeypatch.setattr(evaluation, "dense_crf", lambda *given: seen.append(given) or given[1])
+    evaluation.predict_images(config, None, Sample([{"id": "x", "image": image}]), tmp_path)
+    views, (picture, probabilities, *crf) = seen
+    assert views == ((0.5, 1.0), True) and crf == [(1, 2, 3), (4, 5), 6]
+    assert (picture == image.permute(1, 2, 0).numpy()).all()
+    powers = (3 * cosine).exp()
+    torch.testing.assert_close(torch.from_numpy(probabilities), powers / powers.sum(0))
+    assert (datasets.read_mask(tmp_path / "x.png", 2) == cosine.argmax(0).numpy()).all()
+
+
+def test_labels_are_enlarged_without_new_ones_between(tmp_path):
+    scores = np.zeros((4, 2, 3))
+    scores[3, :, 1:] = 1
+    evaluation.write_labels(tmp_path / "a.png", scores, (4, 6))
+    assert datasets.read_mask(tmp_path / "a.png", 4).tolist() == [[0, 0, 3, 3, 3, 3]] * 4
 
 
 def test_names_of_photographs(tmp_path):

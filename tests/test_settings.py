@@ -21,6 +21,22 @@ def test_defaults_then_file_then_command_line(tmp_path):
     assert str(config.path) == "runs/other"
 
 
+def test_the_recipe_of_the_paper_and_of_the_authors():
+    """Sections 4.1 and 3.3; the CRF's numbers and the cut of u0 are their code's."""
+    config = read(str(settings.DEFAULT_CONFIG.with_name("voc_vgg16.yaml")))
+    one, two, three = config.train_cls, config.make_labels, config.train_seg
+    assert (one.iterations, one.drop_at, one.batch, one.crop, one.lr) == (8000, 5000, 20, 321, 1e-3)
+    assert (one.grid, one.bins, one.min_background) == (4, 2, 0.125)
+    assert (two.u0, two.threshold, two.softmax, two.cam_norm, two.unary) == (True, 0.99, True, "box", "attention")
+    assert (two.crf_bilateral, two.crf_gaussian, two.crf_iterations) == ((4, 55, 3), (3, 3), 10)
+    assert (three.iterations, three.batch, three.crop, three.lr, three.poly) == (23805, 20, 321, 1e-3, 0.9)
+    assert (three.gamma, three.weight, three.temperature) == (7, 0.1, 20)
+    for s in (one, three):
+        assert (s.optimizer, s.momentum, s.decay, s.scale, s.new_lr, s.double_bias) == (
+            "sgd", 0.9, 5e-4, (0.5, 1.5), 10, True)
+    assert (config.eval.crf_bilateral, config.eval.crf_gaussian) == ((4, 121, 5), (3, 3))
+
+
 def test_a_bare_key_is_the_scripts_own_or_of_run():
     config = read("pooling=gap", "name=mine")
     assert (config.train_cls.pooling, config.run.name) == ("gap", "mine")

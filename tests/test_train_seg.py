@@ -1,15 +1,19 @@
 """Stage 3 on labels from anywhere: one folder or two, their content remembered."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import script
 from PIL import Image
+from test_losses import random_case
 
 import datasets
 import engine
 import eval as evaluation
+import models
 import settings
 import train_seg
 from tools.shapes import make_shapes
@@ -64,6 +68,20 @@ def test_two_folders_are_ycrf_and_yret(folder):
     assert not torch.equal(weights(folder, "crf")["classifier.weight"], weights(folder, "ret")["classifier.weight"])
 
 
+@pytest.mark.parametrize("loss", ["nal", "crf", "ret", "agree", "entropy", "bootstrap"])
+def test_the_loss_that_the_settings_name(loss):
+    cosine, y_crf, y_ret = both = [part.detach() for part in random_case()]
+    s = settings.TrainSeg(loss=loss, gamma=2.0, weight=0.7, temperature=5.0)
+    expected = {
+        "nal": lambda: reference.noise_aware_loss(*both, gamma=2.0, weight=0.7, temperature=5.0),
+        "crf": lambda: reference.cross_entropy(cosine, y_crf, temperature=5.0),
+        "ret": lambda: reference.cross_entropy(cosine, y_ret, temperature=5.0),
+        "agree": lambda: reference.agreement_loss(*both, temperature=5.0),
+        "entropy": lambda: reference.entropy_loss(*both, weight=0.7, temperature=5.0),
+        "bootstrap": lambda: reference.bootstrap_loss(*both, weight=0.7, temperature=5.0)}[loss]()
+    assert train_seg.segmentation_loss(s, *both).item() == pytest.approx(float(expected))
+
+
 def test_labels_are_remembered_by_content(folder):
     labels = "labels=[SegmentationClassAug]"
     assert train(folder, labels).returncode == 0
@@ -99,7 +117,7 @@ def test_refused(folder, labels, words):
 
 LONGER = ["train_seg.iterations=8", "train_seg.dropout=0.3", "train_seg.lr=0.1", "run.save_every=3", "run.log_every=5",
           "train_seg.labels=[SegmentationClassAug]"]
-SCORED = ["train_seg.val_images=2", "train_seg.val_every=2"]
+SCORED = ["train_seg.val_images=2", "train_seg.val_every=3"]
 
 
 def start(main, *arguments):
@@ -116,6 +134,17 @@ def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def test_it_can_start_from_stage_1(work, monkeypatch):
+    given = []
+    monkeypatch.setattr(engine, "train", lambda *everything: given.extend(everything))
+    classifier = models.BoxClassifier(6, "vgg16_bn", width=0.0625)
+    Path("runs/shapes").mkdir(parents=True)
+    torch.save({"model": classifier.state_dict()}, "runs/shapes/cls.pt")
+    start(train_seg.main, "train_seg.weights=stage1")
+    for name, value in given[2].backbone.state_dict().items():
+        assert torch.equal(value, classifier.backbone.state_dict()[name]), name
+
+
 def scores_of(run):
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {line["iteration"]: line["val_miou"] for line in lines if "val_miou" in line}
@@ -129,14 +158,14 @@ def test_scores_leave_the_weights_alone(work, monkeypatch, norm):
         frozen = [f"train_seg.weights={start(train_seg.main, 'name=first')}/seg.pt", "train_seg.freeze_norm=true"]
     plain = start(train_seg.main, *frozen, "name=plain")
     scored = start(train_seg.main, *frozen, *SCORED, "train_seg.keep_best=true", "name=scored")
-    assert list(scores_of(scored)) == [2, 4, 6, 8] and not scores_of(plain)
+    assert list(scores_of(scored)) == [3, 6, 8] and not scores_of(plain)
     assert (plain / "seg.pt").read_bytes() == (scored / "seg.pt").read_bytes()
 
     validate, calls = engine.validate, []
 
     def stop(*arguments):
         calls.append(arguments)
-        if len(calls) == 2:  # in iteration 4
+        if len(calls) == 2:  # in iteration 6
             raise KeyboardInterrupt
         return validate(*arguments)
 

@@ -1,0 +1,62 @@
+"""Stage 1: its loss by hand, and that the settings reach what is trained."""
+import math
+
+import pytest
+import torch
+
+import engine
+import models
+import settings
+import train_cls
+from tools.shapes import make_shapes
+
+SMALL = ["train_cls.iterations=4", "train_cls.batch=4", "train_cls.crop=65", "train_cls.width=0.0625",
+         "train_cls.weights=none", "run.workers=0"]
+
+
+def test_the_loss_by_hand():
+    """Boxes of classes 2 and 1, of two parts each, and one query."""
+    logits = [(0., 0, 2), (3, 0, 0), (0, 1, 0), (0, 1, 0), (0, 1, 0)]
+    targets = [2, 2, 1, 1, 0]
+    scores = models.Scores(torch.tensor(logits[:4]).view(2, 2, 3), torch.tensor(logits[4:]))
+    batch = dict(image=torch.zeros(1), boxes=[], background=None, labels=[torch.tensor([2]), torch.tensor([1])])
+    found = train_cls.objective(lambda *_: scores, batch)
+    ce = [math.log(sum(map(math.exp, row))) - row[target] for row, target in zip(logits, targets)]
+    assert found["loss"].item() == pytest.approx(sum(ce) / 5)
+    assert (found["right_boxes"].item(), found["right_queries"].item()) == (0.75, 0)
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """begin(*arguments): what train_cls.py gives to engine.train."""
+    make_shapes(tmp_path / "data/shapes", train=4, val=1)
+    monkeypatch.chdir(tmp_path)
+    given = []
+    monkeypatch.setattr(engine, "train", lambda *everything: given.append(everything))
+
+    def begin(*arguments):
+        config = settings.read("train_cls", [*SMALL, *arguments])
+        config.device = torch.device("cpu")
+        train_cls.main(config)
+        return given.pop()
+
+    return begin
+
+
+def test_settings_of_pooling_and_augmentation(begin):
+    _, _, network, dataset, *_ = begin(
+        "grid=3", "bins=5", "min_background=0.4", "pooling=gap", "scale=[0.3, 0.4]", "jitter=0.1")
+    pooling, steps = network.pooling, dataset.transform.transforms
+    assert (pooling.grid, pooling.bins, pooling.min_background, pooling.aware) == (3, 5, 0.4, False)
+    assert steps[0].keywords["scale"] == (0.3, 0.4) and steps[5].brightness == pytest.approx((0.9, 1.1))
+    assert begin("pooling=bap")[2].pooling.aware
+
+
+def test_another_seed_is_another_start_and_another_order(begin):
+    starts, orders = [], []
+    for seed in (0, 1, 0):
+        config, _, network, dataset, *_ = begin(f"run.seed={seed}")
+        starts.append(network.classifier.weight)
+        orders.append([batch["id"] for batch in engine.batches(config, config.train_cls, dataset, 0)])
+    assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
+    assert orders[0] == orders[2] != orders[1]

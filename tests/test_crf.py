@@ -1,8 +1,14 @@
 """crf.py: against a mean field with every pair of pixels written out, and what a user hands it."""
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import reference
 import torch
+from conftest import ROOT
 
 from crf import dense_crf
 
@@ -127,3 +133,11 @@ def test_wrong_input_is_told(change):
     image, right = two_colours()
     with pytest.raises(ValueError):
         dense_crf(*change(image, guess(right.astype(int), 2)))
+
+
+def test_it_is_one_file_to_copy(tmp_path):
+    shutil.copy(ROOT / "crf.py", tmp_path)
+    environment = {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.run([sys.executable, "-c", "import crf"], cwd=tmp_path, env=environment, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr

@@ -374,7 +374,7 @@ def test_the_command_fails_in_one_line_survives_a_kill_and_ends_well(tmp_path, s
 
     server.broken, server.stalled = set(), {TEST}
     killed = subprocess.Popen(**start)
-    assert server.half_sent.wait(120)
+    assert server.half_sent.wait(300)
     killed.kill()
     killed.communicate()
     server.go_on.set()

@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT, script
 
 import datasets
-import losses
 import models
 import runs
 from tools.shapes import SHAPES, make_shapes
@@ -44,19 +43,6 @@ def test_row_of_histograms():
     assert cells == ["1,500", f"{counted(right, wrong):.3f}",
                      f"{np.mean(middle[3:]):.2f}", f"{np.mean(middle[:3]):.2f}",
                      "75.0 %", "66.7 %", f"{100 * sum(middle[3:]) / sum(middle):.1f} %"]
-
-
-def test_the_loss_is_weighted_by_its_confidence():
-    """L_wce is the mean of -log H weighted by sigma; where the labels differ everywhere it is all of NAL."""
-    torch.manual_seed(0)
-    cosine, y_crf = torch.rand(1, 4, 5, 6) * 2 - 1, torch.randint(0, 4, (1, 5, 6))
-    D = 1 + cosine[0]
-    weights = (D.gather(0, y_crf)[0] / D.max(0).values) ** 7
-    torch.testing.assert_close(losses.confidence(cosine, y_crf, torch.ones(1, 5, 6, dtype=torch.bool), 7)[0], weights)
-    ce = -(20 * cosine).log_softmax(1)[0].gather(0, y_crf)[0]
-    nowhere = (y_crf + 1) % 4
-    expected = losses.noise_aware_loss(cosine, y_crf, nowhere, weight=1.0)
-    torch.testing.assert_close((weights * ce).sum() / weights.sum(), expected)
 
 
 @pytest.fixture

@@ -878,16 +878,6 @@ def test_weights_that_cannot_be_had(hub):
         one_line(error)
 
 
-# ---- the promise that each of these is one file to copy ----
-
-@pytest.mark.parametrize("module", ["models", "losses", "crf", "datasets"])
-def test_one_file_to_copy(tmp_path, module):
-    shutil.copy(ROOT / f"{module}.py", tmp_path)
-    command, environment = [sys.executable, "-c", f"import {module}"], {**os.environ, "PYTHONPATH": ""}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
 @pytest.mark.parametrize("backbone, width", [("vgg16_bn", 0.0625), ("timm/tf_efficientnet_lite0", 1.0)])
 def test_a_checkpoint_gives_its_backbone(tmp_path, backbone, width):
     classifier = BoxClassifier(3, backbone, width=width)

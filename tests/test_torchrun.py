@@ -2,11 +2,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -134,9 +136,9 @@ def value_and_gradient(module, name, cosine, y_crf, y_ret, **options):
     return loss.item(), gradient
 
 
-def losses_of_a_part(rank, results, port):
+def losses_of_a_part(rank, results, meeting):
     """One of two processes: the losses of its own images, and their gradients."""
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     mine = slice(0, 1) if rank == 0 else slice(1, 4)
     part = [values.detach()[mine] for values in case()]
     part[0].requires_grad_()
@@ -144,12 +146,12 @@ def losses_of_a_part(rank, results, port):
     torch.distributed.destroy_process_group()
 
 
-def test_a_loss_over_a_group_is_that_of_the_whole_batch():
+def test_a_loss_over_a_group_is_that_of_the_whole_batch(tmp_path):
     """One image lies with the first process and three with the second, in float64; the equations are reference.py's.
     A mean of each process's own pixels would differ. DistributedDataParallel halves the sum of two gradients."""
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(losses_of_a_part, (results, free_port()), nprocs=2)
+        torch.multiprocessing.spawn(losses_of_a_part, (results, f"file://{tmp_path}/meeting"), nprocs=2)
         parts = results[0], results[1]
     for name, (loss, first), (same, second) in zip(NAMES, *parts):
         expected, gradient = value_and_gradient(reference, name, *case())
@@ -182,8 +184,8 @@ def begin(folder, *arguments):
     process = subprocess.Popen(command(*arguments), cwd=folder, text=True, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 300
-    while not (folder / "runs/shapes/cls.pt.partial").exists():
-        assert time.monotonic() < end and process.poll() is None
+    while not (folder / "runs/shapes/cls.pt.partial").exists() and process.poll() is None:
+        assert time.monotonic() < end
         time.sleep(0.1)
     return process
 
@@ -200,6 +202,17 @@ def test_a_rank_that_dies_is_named(tmp_path, dead):
     assert f"rank      : {dead}" in error and "Signal 9" in error  # the report after it, where machines are several
 
 
+def killed(folder, *arguments):
+    """Starts a training and kills it with its ranks; whether that was halfway."""
+    process = begin(folder, *arguments)
+    ranks = ranks_of(process.pid).values() if process.poll() is None else ()
+    for pid in [process.pid, *ranks]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    return (folder / "runs/shapes/cls.pt.partial").exists()
+
+
 def test_killed_ranks_go_on_to_the_same_weights(tmp_path):
     """With dropout, which each rank draws from a generator of its own."""
     weights = []
@@ -208,11 +221,8 @@ def test_killed_ranks_go_on_to_the_same_weights(tmp_path):
         make_shapes(folder / "data/shapes", train=8, val=5)
         arguments = "train_cls", 2, "train_cls.iterations=12", "run.save_every=2", "train_cls.dropout=0.5"
         if name == "killed":
-            process = begin(folder, *arguments)
-            for pid in [process.pid, *ranks_of(process.pid).values()]:
-                os.kill(pid, signal.SIGKILL)
-            process.communicate()
-            assert not (folder / "runs/shapes/cls.pt").exists()
+            while not killed(folder, *arguments):  # it had come to its end
+                shutil.rmtree(folder / "runs")
         said = run(*arguments[:2], folder, *arguments[2:])
         assert ("resuming from iteration" in said) == (name == "killed")
         weights.append(torch.load(folder / "runs/shapes/cls.pt", weights_only=True)["model"])

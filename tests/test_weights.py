@@ -146,7 +146,7 @@ def test_killed_in_the_middle(server, cache):
     server.go_on.clear()
     code = f"import models; models.CAFFE_URL = {models.CAFFE_URL!r}; models.DeepLab(3, weights='caffe')"
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert server.begun.wait(120)
+    assert server.begun.wait(300)
     process.kill()
     process.wait()
     assert not (cache / "vgg_caffe.pth").exists()

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +233,7 @@ def test_tensorboard_gets_every_number(run):
     for iteration, loss in ((2, 9.0), (4, 8.0), (6, 7.0)):
         runs.log(run, stage="train_cls", iteration=iteration, loss=loss)
     runs.event_writers.clear()  # killed, and started again from iteration 3
+    time.sleep(1)  # files of events are read in the order of their names, which hold the second
     runs.log(run, stage="train_cls", iteration=4, loss=1.0)
     runs.log(run, stage="eval", split="val", method="plain", miou=47.5)
 

@@ -103,6 +103,8 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
     The CRF runs in worker processes.
     """
     s = config.eval
+    temperature = network.trained_with.get("train_seg.temperature",
+                                           config.train_seg.temperature)
     # Photographs are predicted each time: the same name may be another one.
     samples = runs.samples_left(
         config, dataset, f"eval {engine.method(config)}",
@@ -111,6 +113,7 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
     def cosines():
         for sample in samples:
             if "fault" in sample:
+                (folder / f"{sample['id']}.png").unlink(missing_ok=True)
                 print(f"skipped: {sample['fault']}")
                 continue
             image = sample["image"].as_subclass(torch.Tensor)
@@ -122,7 +125,7 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
 
     def crf_tasks():
         for path, size, image, cosine in cosines():
-            logits = config.train_seg.temperature * cosine
+            logits = temperature * cosine
             yield (path, size), (
                 image.permute(1, 2, 0).numpy(),
                 logits.softmax(0).cpu().numpy(),
@@ -135,6 +138,20 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
     else:
         for path, size, _, cosine in cosines():
             write_labels(path, cosine.cpu().numpy(), size)
+
+
+def segment_photos(config: SimpleNamespace, network: models.DeepLab,
+                   folder: Path) -> None:
+    """Labels and overlays of photographs."""
+    photos = Photos(config.eval.images, config.eval.max_side)
+    if runs.rank() == 0:
+        runs.hold(config)
+        runs.write_settings(config, "eval")
+    runs.barrier()
+    predict_images(config, network, photos, folder)
+    runs.barrier()
+    if runs.rank() == 0:
+        pictures.write_overlays(photos.paths, folder, network.classes)
 
 
 def print_summary(config: SimpleNamespace, split: str,
@@ -168,16 +185,24 @@ def score_labels(config: SimpleNamespace, split: str) -> None:
 
 
 def report(config: SimpleNamespace, split: str, folder: Path,
-           chosen: str) -> None:
-    """The segmenter's scores, into eval.json, the log and on screen."""
+           network: models.DeepLab, weights: Path) -> None:
+    """The segmenter's scores, into eval.json, the log and on screen. Those
+    of networks that the run has no more are dropped.
+    """
     scores = engine.score_folders(config, split, {"IoU": folder})
     if runs.rank():
         return
     path, name = config.path / "eval.json", engine.method(config)
-    name += f", {chosen}" if chosen else ""
-    result = dict(split=split, method=name, seed=config.run.seed,
-                  **scores["IoU"])
-    results = runs.read_json(path) | {f"{split}, {name}": result}
+    name += f", {network.chosen}" if network.chosen else ""
+    result = dict(split=split, method=name, network=runs.digest(weights),
+                  seed=network.trained_with.get("run.seed"), **scores["IoU"])
+    present = {result["network"], *map(runs.digest,
+                                       config.path.glob("seg*.pt"))}
+    with runs.own_file(path):
+        results = {key: earlier
+                   for key, earlier in runs.read_json(path).items()
+                   if earlier.get("network") in present}
+    results[f"{split}, {name}"] = result
     runs.write_json(path, results)
     runs.log(config, "eval", split=split, method=name, miou=result["miou"])
     engine.print_scores(f"segmenter on {split}, {result['images']} images, "
@@ -196,29 +221,23 @@ def main(config: SimpleNamespace) -> None:
     network = runs.load_network(
         config, "seg.pt", models.DeepLab, config.train_seg, s.weights,
         () if s.images else data.classes)
-    dataset: Photos | datasets.VOCDataset
-    if s.images:
-        dataset = Photos(s.images, s.max_side)
-    else:
-        dataset = datasets.VOCDataset(data.root, split, data.classes,
-                                      boxes=False)
     folder = engine.prediction_folder(config)
-    without = {"weights", "split", "labels", "images", "panels", "photos"}
-    without |= set() if s.images else {"max_side"}
+    if s.images:
+        return segment_photos(config, network, folder)
+    dataset = datasets.VOCDataset(data.root, split, data.classes, boxes=False)
+    weights = Path(s.weights or config.path / "seg.pt")
+    without = {"weights", "split", "labels", "images", "max_side", "panels",
+               "photos"}
     without |= {key for key in asdict(s) if key.startswith("crf_")
                 and not s.crf}
     runs.discard_outdated(
         config, folder, "eval", runs.settings_of(
             config, "eval", "train_seg.temperature", without=without),
-        Path(s.weights or config.path / "seg.pt"))
+        weights)
     predict_images(config, network, dataset, folder)
     runs.barrier()
-    if s.images:
-        if runs.rank() == 0:
-            pictures.write_overlays(dataset.paths, folder, network.classes)
-        return
     if engine.true_masks(config, split):
-        report(config, split, folder, network.chosen)
+        report(config, split, folder, network, weights)
     else:
         print(f"{folder}: labels of {len(dataset)} images; no true masks to "
               "score them with")

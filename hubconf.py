@@ -1,13 +1,19 @@
 """The networks trained on VOC 2007, for torch.hub.load(REPOSITORY, NAME)."""
+import importlib.util
 from pathlib import Path
 
-import models
+# Under a name of its own, since the caller may have a module `models`.
+spec = importlib.util.spec_from_file_location(
+    "bana_models", Path(__file__).with_name("models.py"))
+assert spec and spec.loader
+models = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(models)
 
 dependencies = ["torch", "torchvision", "timm"]
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def classifier(path: models.PathLike = "") -> models.Network:
+def classifier(path=""):
     """Stage 1's network, of images and boxes, in evaluation mode, with its
     `classes`; from a cls.pt, if `path` names one. models.WeightsError: the
     file is missing or is not a checkpoint.
@@ -15,7 +21,7 @@ def classifier(path: models.PathLike = "") -> models.Network:
     return models.load(path or WEIGHTS / "voc2007_cls.pth")
 
 
-def segmenter(path: models.PathLike = "") -> models.Network:
+def segmenter(path=""):
     """Stage 3's network: images (N, 3, H, W), RGB, uint8 or in [0, 1] ->
     cosine maps (N, 1 + classes, H, W); else as classifier, of a seg.pt.
     """

@@ -673,6 +673,7 @@ class Network(nn.Module):
     std: Tensor
     classes: list[str]  # of a network that comes from `load`
     chosen = ""  # on what images the best of a training was chosen, if so
+    trained_with: dict = {}  # section.key -> value, where its file says so
 
     def __init__(self, num_labels: int, backbone: str = "vgg16",
                  weights: PathLike = "none", width: float = 1.0,
@@ -809,6 +810,7 @@ def network_of(content: Any, path: PathLike) -> BoxClassifier | DeepLab:
             raise ValueError
         labels = len(classes) + (kind is DeepLab)
         network = kind(labels, made["backbone"], width=made["width"])
+        network.trained_with = dict(content.get("settings", {}))
     except WeightsError as fault:
         raise WeightsError(f"{path}: {fault}") from None
     except (LookupError, TypeError, AttributeError, ValueError):

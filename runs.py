@@ -365,7 +365,8 @@ def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
 
 def write_settings(config: SimpleNamespace, script: str) -> None:
     """runs/NAME/settings.yaml: the script's settings, those of stages that
-    ran before as they were then, and a line of versions for each script; and
+    ran before as they were then (of `run` and `data`, which all share, those
+    of the last training), and a line of versions for each script; and
     index.md, what each file of the folder is.
     """
     index = config.path / "index.md"
@@ -379,7 +380,9 @@ def write_settings(config: SimpleNamespace, script: str) -> None:
               if line.startswith("# ")}
     now = json.loads(json.dumps(  # tuples to lists
         {name: asdict(getattr(config, name)) for name in settings.SECTIONS}))
-    current = {"run", "data", script}
+    now["run"]["overwrite"] = False  # of this once
+    trains = script.startswith("train_")
+    current = {script, "run", "data"} if trains else {script}
     sections = {name: values if name in current
                 else earlier.get(name, values)
                 for name, values in now.items()}

@@ -63,7 +63,8 @@ def main(config: SimpleNamespace) -> None:
         transform=datasets.training_transform(
             s.crop, network.fill, s.scale, s.jitter))
     engine.train(config, "train_cls", network, dataset, objective,
-                 lambda: {"weights file": runs.digest(Path(s.weights))})
+                 lambda: {"list and boxes": dataset.digest(),
+                          "weights file": runs.digest(Path(s.weights))})
 
 
 if __name__ == "__main__":

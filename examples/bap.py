@@ -10,7 +10,7 @@ from torchvision.datasets import VOCDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.segmentation import fcn_resnet50
 from torchvision.transforms import v2
 
-from models import BAP
+from models import BAP, outside_boxes, padded_size
 
 prepare = v2.Compose([
     v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
@@ -23,8 +23,13 @@ optimizer = torch.optim.SGD(parameters, lr=1e-3)
 
 images = VOCDetection("data", transforms=prepare)
 for image, target in wrap_dataset_for_transforms_v2(images):
-    maps, boxes = resnet(image[None])["out"], target["boxes"].float()
-    pooled = pooling(maps, [boxes], image.shape[1:])
+    size, boxes = image.shape[1:], target["boxes"].float()
+    # BAP counts on feature cells at every eighth pixel, the last included.
+    height, width = padded_size(size)
+    padding = (0, width - size[1], 0, height - size[0])
+    maps = resnet(F.pad(image[None], padding))["out"]
+    background = F.pad(outside_boxes([boxes], size), padding)
+    pooled = pooling(maps, [boxes], (height, width), background)
     features = torch.cat((pooled.foreground.flatten(0, 1), pooled.queries))
     # A box has 2 x 2 features.
     labels = target["labels"].repeat_interleave(4)

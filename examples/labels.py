@@ -4,7 +4,8 @@ make_labels.py makes them. In the repository's folder:
     python -m examples.labels cls.pt photo.jpg labels.png dog,48,240,195,371
 
 CLASS,X0,Y0,X1,Y1 is a box in pixels, as many as there are. labels.png is Ycrf:
-0 for background and k for the k-th class, in VOC's colours.
+0 for background and k for the k-th class, in VOC's colours. The settings suit
+photographs of some 500 pixels a side; resize larger ones first.
 """
 import sys
 from types import SimpleNamespace

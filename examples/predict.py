@@ -2,7 +2,8 @@
 
     python predict.py seg.pt photo.jpg labels.png
 
-labels.png holds 0 for background and k for the k-th class, in VOC's colours.
+labels.png holds 0 for background and k for the k-th class, in VOC's colours,
+of the photograph at 1,000 pixels a side at most.
 """
 import sys
 
@@ -15,6 +16,7 @@ import models
 checkpoint, photo, out = sys.argv[1:]
 network = models.load(checkpoint)
 image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+image.thumbnail((1000, 1000))  # it learnt from photographs of some 500
 pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
 with torch.inference_mode():
     cosine = network(pixels[None])[0]  # (1 + number of classes, H, W)

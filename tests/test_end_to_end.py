@@ -179,6 +179,10 @@ def test_a_folder_of_photographs(work, tmp_path):
         for ending in ("", "_overlay" if name != "long" else "_overlay_"):
             assert Image.open(results / f"{name}{ending}.png").size == size
     assert Image.open(results / "long_overlay.png").size == (30, 20)
+    (folder / "turned.jpg").write_bytes(b"no image any more")
+    done = command("eval", "images=[photos]", "max_side=90", cwd=tmp_path)
+    assert done.returncode == 0 and "labels and overlays of 2 photographs" in done.stdout, done.stderr
+    assert not (results / "turned.png").exists()
 
 
 def test_a_list_is_scored_on_the_images_that_have_a_mask(work, tmp_path):

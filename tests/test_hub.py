@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -28,6 +29,13 @@ def save(path, network, labels):
     state = {name: value.half() for name, value in network.state_dict().items()}
     torch.save(dict(model=state, classes=["leaf", "sea"],
                     network=dict(kind=type(network).__name__, backbone="vgg16", width=0.0625)), path)
+
+
+def test_the_caller_may_have_a_module_models(hub, tmp_path, monkeypatch):
+    theirs = types.ModuleType("models")
+    monkeypatch.setitem(sys.modules, "models", theirs)
+    save(tmp_path / "weights/voc2007_seg.pth", models.DeepLab(3, "vgg16", width=0.0625), 3)
+    assert hub("segmenter").classes == ["leaf", "sea"] and sys.modules["models"] is theirs
 
 
 @pytest.mark.parametrize("name, kind, file, labels", [

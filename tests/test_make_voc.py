@@ -121,8 +121,8 @@ def test_each_step_is_killed_and_goes_on(work, server):
         f"| labels: whole box | 62.2 | {labels['box']['miou']:.1f} |",
         f"| labels: Ycrf | 79.2 | {labels['Ycrf']['miou']:.1f} |",
         f"| labels: Yret | 69.9 | {labels['Yret']['miou']:.1f} |",
-        f"| DeepLab-V1 (VGG-16), plain | 62.4 | {plain:.1f} |",
-        f"| DeepLab-V1 (VGG-16), {full} | 68.1 | {headline:.1f} |"]
+        f"| segmenter (paper: V1, VGG-16), plain | 62.4 | {plain:.1f} |",
+        f"| segmenter (paper: V1, VGG-16), {full} | 68.1 | {headline:.1f} |"]
 
 
 def test_make_voc_is_the_same_with_voc_2012():
@@ -135,5 +135,5 @@ def test_what_is_not_scored_yet(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-3:] == [
-        "| labels: Yret | 69.9 | - |", "| DeepLab-V2 (ResNet-101), plain | - | - |",
-        "| DeepLab-V2 (ResNet-101), scales 0.5 0.75 1 1.5 + flip + CRF | 74.6 | - |"]
+        "| labels: Yret | 69.9 | - |", "| segmenter (paper: V2, ResNet-101), plain | - | - |",
+        "| segmenter (paper: V2, ResNet-101), scales 0.5 0.75 1 1.5 + flip + CRF | 74.6 | - |"]

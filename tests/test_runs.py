@@ -160,18 +160,22 @@ def test_too_little_shared_memory_is_refused(monkeypatch):
 
 
 def test_a_run_can_be_repeated_from_its_settings(tmp_path, monkeypatch):
-    """Stage 1's settings stay while stage 2 runs without them."""
+    """Stage 1's settings, its seed and its lists stay while stage 2 runs without them."""
     monkeypatch.chdir(tmp_path)
-    first = settings.read("train_cls", ["train_cls.lr=0.5", "name=x",
+    first = settings.read("train_cls", ["train_cls.lr=0.5", "name=x", "seed=7",
                                         "data.classes=['yes', '1']"])
     runs.write_settings(first, "train_cls")
-    second = settings.read("make_labels", ["threshold=0.5", "name=x"])
+    second = settings.read("make_labels", ["threshold=0.5", "name=x", "overwrite=true"])
     runs.write_settings(second, "make_labels")
     text = (tmp_path / "runs/x/settings.yaml").read_text()
     again = settings.read("eval", ["runs/x/settings.yaml"])
     assert again.train_cls == first.train_cls
     assert again.make_labels == second.make_labels
-    assert again.run == second.run and again.data == second.data
+    assert again.run == first.run and again.data == first.data
+    third = settings.read("train_seg", ["seed=8", "name=x", "overwrite=true"])
+    runs.write_settings(third, "train_seg")
+    again = settings.read("eval", ["runs/x/settings.yaml"])
+    assert again.run.seed == 8 and not again.run.overwrite
     lines = [line for line in text.splitlines() if line.startswith("#")]
     assert [line.split(":")[0] for line in lines] == [
         "# train_cls.py", "# make_labels.py"]

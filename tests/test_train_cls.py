@@ -1,8 +1,10 @@
 """Stage 1: its loss by hand, and that the settings reach what is trained."""
 import math
+import re
 
 import pytest
 import torch
+from conftest import script
 
 import engine
 import models
@@ -60,3 +62,17 @@ def test_another_seed_is_another_start_and_another_order(begin):
         orders.append([batch["id"] for batch in engine.batches(config, config.train_cls, dataset, 0)])
     assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
     assert orders[0] == orders[2] != orders[1]
+
+
+@pytest.mark.parametrize("file, pattern", [
+    ("Annotations/shapes_00000.xml", "<xmin>[0-9]+"), ("ImageSets/Segmentation/train.txt", "shapes_00003\n")])
+def test_a_changed_box_or_list_is_another_training(tmp_path, file, pattern):
+    make_shapes(tmp_path / "data/shapes", train=4, val=1)
+    path = tmp_path / "data/shapes" / file
+    assert "finished before" not in script("train_cls", *SMALL, cwd=tmp_path).stdout
+    assert "finished before" in script("train_cls", *SMALL, cwd=tmp_path).stdout
+    text, changes = re.subn(pattern, lambda found: "<xmin>1" if "<" in found[0] else "", path.read_text(), count=1)
+    assert changes
+    path.write_text(text)
+    done = script("train_cls", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2 and "was made with other settings: list and boxes" in done.stderr

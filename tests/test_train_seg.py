@@ -203,6 +203,22 @@ def test_the_scores_are_those_of_eval_and_the_best_says_who_chose_it(work, monke
     assert not (run / "seg_best.pt").exists()
 
 
+def test_scores_are_of_networks_that_the_run_has(work, monkeypatch):
+    """Those of an earlier seg.pt go; the seed and the temperature are the training's."""
+    temperatures, softmax = [], torch.Tensor.softmax
+    run = start(train_seg.main, "run.seed=5", "train_seg.temperature=10")
+    start(evaluation.main, "eval.flip=true")
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda logits, dim: (
+        temperatures.append(logits.abs().max().item()) or softmax(logits, dim)))
+    start(evaluation.main, "eval.crf=true", "eval.crf_iterations=1")
+    results = json.loads((run / "eval.json").read_text())
+    assert list(results) == ["val, flip", "val, CRF"] and {result["seed"] for result in results.values()} == {5}
+    assert temperatures and max(temperatures) <= 10.001
+    start(train_seg.main, "train_seg.loss=crf", "run.overwrite=true")
+    start(evaluation.main)
+    assert list(json.loads((run / "eval.json").read_text())) == ["val, plain"]
+
+
 @pytest.mark.parametrize("arguments", [
     ["train_seg.keep_best=true"], ["train_seg.val_images=1", "data.val="], ["train_seg.val_images=1", "data.truth=x"]])
 def test_scores_need_images_with_a_true_mask(work, arguments):

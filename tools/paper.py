@@ -16,10 +16,10 @@ from tools.compare import read_scores
 PAPER = {"box": ("labels: whole box", 62.2), "Ycrf": ("labels: Ycrf", 79.2),
          "Yret": ("labels: Yret", 69.9)}
 FULL = "scales 0.5 0.75 1 1.5 + flip + CRF"
-V1 = {"plain": ("DeepLab-V1 (VGG-16), plain", 62.4),
-      FULL: (f"DeepLab-V1 (VGG-16), {FULL}", 68.1)}
-V2 = {"plain": ("DeepLab-V2 (ResNet-101), plain", None),
-      FULL: (f"DeepLab-V2 (ResNet-101), {FULL}", 74.6)}
+V1 = {"plain": ("segmenter (paper: V1, VGG-16), plain", 62.4),
+      FULL: (f"segmenter (paper: V1, VGG-16), {FULL}", 68.1)}
+V2 = {"plain": ("segmenter (paper: V2, ResNet-101), plain", None),
+      FULL: (f"segmenter (paper: V2, ResNet-101), {FULL}", 74.6)}
 
 
 def table(config) -> str:

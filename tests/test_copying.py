@@ -48,7 +48,7 @@ def example(module):
 # What is checked in the program's own process after its last step, of the second image: boxes of three classes.
 CHECKS = {
     "models": """
-assert pooled.foreground.shape == (3, 4, 2048) and pooled.attention.shape == (1, 1, 38, 50)
+assert pooled.foreground.shape == (3, 4, 2048) and pooled.attention.shape == (1, 1, 39, 51)
 assert len(pooled.queries) > 2 and features.shape == (12 + len(pooled.queries), 2048)
 assert labels[:12].tolist() == [12] * 4 + [20] * 4 + [15] * 4 and not labels[12:].any()
 assert 0 < loss.item() < 100 and len(labels) == 12 + len(pooled.queries)

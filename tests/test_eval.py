@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import datasets
 import engine
 import eval as evaluation
+import models
 import settings
 
 
@@ -67,7 +68,8 @@ def test_views_and_crf_are_those_of_the_settings(tmp_path, monkeypatch):
     image, cosine = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8), torch.rand(2, 4, 5)
     monkeypatch.setattr(engine, "predict", lambda network, image, *views: seen.append(views) or cosine)
     monkeypatch.setattr(evaluation, "dense_crf", lambda *given: seen.append(given) or given[1])
-    evaluation.predict_images(config, None, Sample([{"id": "x", "image": image}]), tmp_path)
+    network = models.DeepLab(2, width=0.0625)
+    evaluation.predict_images(config, network, Sample([{"id": "x", "image": image}]), tmp_path)
     views, (picture, probabilities, *crf) = seen
     assert views == ((0.5, 1.0), True) and crf == [(1, 2, 3), (4, 5), 6]
     assert (picture == image.permute(1, 2, 0).numpy()).all()

@@ -15,8 +15,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def classifier(path=""):
     """Stage 1's network, of images and boxes, in evaluation mode, with its
-    `classes`; from a cls.pt, if `path` names one. models.WeightsError: the
-    file is missing or is not a checkpoint.
+    `classes`; from a cls.pt, if `path` names one. ValueError: the file is
+    missing or is not a checkpoint.
     """
     return models.load(path or WEIGHTS / "voc2007_cls.pth")
 

@@ -251,6 +251,13 @@ def children(process):
     return [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return ""
+
+
 def test_ctrl_c_while_labels_are_made(folder):
     # So slow that it is not done before it is stopped.
     process = begin("make_labels", "run.workers=2", "make_labels.crf_iterations=300", cwd=folder)
@@ -275,7 +282,8 @@ def test_an_image_worker_that_dies(folder):
     process = begin("train_cls", "train_cls.iterations=100000", "run.workers=1", cwd=folder)
     wait_for((folder / "runs/shapes/cls.pt.partial").exists)
     for pid in children(process):
-        if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text():
+        command = command_of(pid)
+        if command and "resource_tracker" not in command:
             os.kill(pid, signal.SIGKILL)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1 and (folder / "runs/shapes/cls.pt.partial").exists()
@@ -287,7 +295,7 @@ def test_a_crf_worker_that_dies(folder):
     process = begin("make_labels", "run.workers=1", "make_labels.crf_iterations=2000", cwd=folder)
 
     def crf_worker():
-        return [p for p in children(process) if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
+        return [p for p in children(process) if "spawn_main" in command_of(p)]
 
     wait_for(crf_worker)
     time.sleep(3)  # it works by now
@@ -306,8 +314,7 @@ def test_a_killed_stage_leaves_no_process_behind(folder, script, arguments):
     workers = children(process)
     process.kill()
     process.communicate()
-    wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and "python" in Path(
-        f"/proc/{pid}/cmdline").read_text() for pid in workers))
+    wait_for(lambda: not any("python" in command_of(pid) for pid in workers))
 
 
 ENDLESS = {"train_cls": ["train_cls.iterations=100000"], "make_labels": ["make_labels.crf_iterations=1000000"],

@@ -1,7 +1,6 @@
 """Images, boxes and label images in the layout of PASCAL VOC's devkit, and
 the augmentation of training (section 4.1 of the paper)."""
 import difflib
-import hashlib
 import io
 import math
 import os
@@ -326,14 +325,6 @@ class VOCDataset(torch.utils.data.Dataset):
         exact = [self.root / self.truth] * len(self.mask_folders)
         folders = exact if name in self.exact else self.mask_folders
         return [folder / f"{name}.png" for folder in folders]
-
-    def digest(self) -> str:
-        """A hash of the list and of all boxes and their classes."""
-        assert self.annotations is not None, "a dataset without boxes"
-        content = hashlib.sha256()
-        for name, (boxes, labels) in self.annotations.items():
-            content.update(name.encode() + boxes.tobytes() + labels.tobytes())
-        return content.hexdigest()[:12]
 
     def __len__(self):
         return len(self.ids)

@@ -365,9 +365,9 @@ def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
 
 def write_settings(config: SimpleNamespace, script: str) -> None:
     """runs/NAME/settings.yaml: the script's settings, those of stages that
-    ran before as they were then (of `run` and `data`, which all share, those
-    of the last training), and a line of versions for each script; and
-    index.md, what each file of the folder is.
+    ran before as they were then, and a line of versions for each script; and
+    index.md, what each file of the folder is. `run` and `data`, which all
+    share, are those of the last training, once there was one.
     """
     index = config.path / "index.md"
     if not index.exists():
@@ -381,8 +381,10 @@ def write_settings(config: SimpleNamespace, script: str) -> None:
     now = json.loads(json.dumps(  # tuples to lists
         {name: asdict(getattr(config, name)) for name in settings.SECTIONS}))
     now["run"]["overwrite"] = False  # of this once
-    trains = script.startswith("train_")
-    current = {script, "run", "data"} if trains else {script}
+    current = {script, "run", "data"}
+    if {"# train_cls.py", "# train_seg.py"} & header.keys() and (
+            not script.startswith("train_")):
+        current = {script}
     sections = {name: values if name in current
                 else earlier.get(name, values)
                 for name, values in now.items()}

@@ -48,7 +48,7 @@ def objective(network: models.BoxClassifier,
 
 
 def main(config: SimpleNamespace) -> None:
-    s = config.train_cls
+    s, data = config.train_cls, config.data
     if s.crop % models.STRIDE != 1:
         raise UsageError(f"train_cls.crop is {s.crop}, not 8 k + 1, such as "
                          "321")
@@ -56,15 +56,19 @@ def main(config: SimpleNamespace) -> None:
     pooling = models.BAP(s.grid, s.bins, s.min_background,
                          aware=s.pooling == "bap")
     network = models.BoxClassifier(
-        len(config.data.classes), s.backbone, s.weights, s.width, s.dropout,
-        pooling)
+        len(data.classes), s.backbone, s.weights, s.width, s.dropout, pooling)
     dataset = datasets.VOCDataset(
-        config.data.root, config.data.train, config.data.classes,
+        data.root, data.train, data.classes,
         transform=datasets.training_transform(
             s.crop, network.fill, s.scale, s.jitter))
-    engine.train(config, "train_cls", network, dataset, objective,
-                 lambda: {"list and boxes": dataset.digest(),
-                          "weights file": runs.digest(Path(s.weights))})
+
+    def inputs():
+        files = [Path(data.root, "Annotations", f"{name}.xml")
+                 for name in dataset.ids]  # in the order of the list
+        return {"content of boxes": runs.digest(*files),
+                "weights file": runs.digest(Path(s.weights))}
+
+    engine.train(config, "train_cls", network, dataset, objective, inputs)
 
 
 if __name__ == "__main__":

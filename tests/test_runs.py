@@ -172,6 +172,10 @@ def test_a_run_can_be_repeated_from_its_settings(tmp_path, monkeypatch):
     assert again.train_cls == first.train_cls
     assert again.make_labels == second.make_labels
     assert again.run == first.run and again.data == first.data
+    other = settings.read("eval", ["seed=3", "name=y"])
+    runs.write_settings(settings.read("make_labels", ["seed=2", "name=y"]), "make_labels")
+    runs.write_settings(other, "eval")  # of a run without a training: those of its last stage
+    assert settings.read("eval", ["runs/y/settings.yaml"]).run == other.run
     third = settings.read("train_seg", ["seed=8", "name=x", "overwrite=true"])
     runs.write_settings(third, "train_seg")
     again = settings.read("eval", ["runs/x/settings.yaml"])

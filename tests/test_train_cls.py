@@ -75,4 +75,4 @@ def test_a_changed_box_or_list_is_another_training(tmp_path, file, pattern):
     assert changes
     path.write_text(text)
     done = script("train_cls", *SMALL, cwd=tmp_path)
-    assert done.returncode == 2 and "was made with other settings: list and boxes" in done.stderr
+    assert done.returncode == 2 and "was made with other settings: content of boxes" in done.stderr

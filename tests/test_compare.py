@@ -64,3 +64,27 @@ def test_differences_seed_by_seed(runs):
 def test_what_cannot_be_compared_is_one_line(runs, arguments, words):
     done = command(runs, *arguments)
     assert done.returncode == 2 and done.stderr == f"{words}\n" and not done.stdout
+
+
+def test_published_runs(tmp_path):
+    """docs/voc2007 as folders again, of which the table says what docs/results.md does."""
+    unpack = [sys.executable, ROOT / "benchmarks/published.py", ROOT / "docs/voc2007/segmenters.json"]
+    done = subprocess.run(unpack, cwd=tmp_path, capture_output=True, text=True)
+    assert "| voc2007_nal_1 | train_seg | 1,500 | 1.65 |" in done.stdout.splitlines(), done.stderr
+    for name, files in json.loads((ROOT / "docs/voc2007/segmenters.json").read_text()).items():
+        folder = tmp_path / "runs" / name
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert list(map(json.loads, lines)) == files["metrics.jsonl"]
+        assert json.loads((folder / "eval.json").read_text()) == files["eval.json"]
+    nal, crf = ([f"voc2007_{loss}_{seed}" for seed in (0, 1)] for loss in ("nal", "crf"))
+    last = command(tmp_path, "Segmentation/test, plain", *nal, "minus", *crf).stdout.splitlines()[-1]
+    assert last.endswith("| 0.6 | 0.3 | 0.42 | 0.20 | ± 1.82 |") and "| +0.42 ± 1.82 |" in (
+        ROOT / "docs/results.md").read_text()
+    done = subprocess.run(unpack, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("runs/voc2007_nal_0 exists")
+
+
+def test_hours_leave_out_stops():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from published import hours
+    assert hours([1000, 1060, 1360, 1661, 1721]) == (60 + 300 + 60) / 3600

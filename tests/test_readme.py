@@ -34,7 +34,8 @@ ELSEWHERE = {  # what a command holds -> where it is tested
     "benchmarks/voc2007.py": "test_voc2007", "benchmarks/maps.py": "test_evidence",
     "benchmarks/sigma.py": "test_evidence", "benchmarks/details.py": "test_evidence",
     "benchmarks/prototypes.py": "test_evidence", "benchmarks/unaries.py": "test_evidence",
-    "benchmarks/bootstrap.py": "test_bootstrap", "tools/compare.py 'Segmentation": "test_compare",
+    "benchmarks/bootstrap.py": "test_bootstrap", "benchmarks/published.py": "test_compare",
+    "tools/compare.py 'Segmentation": "test_compare",
     "benchmarks/attack.py": "an hour and a half, by hand", "benchmarks/mutants.py": "half an hour, by hand",
     "tools/half.py": "test_hub", "pip install": "requirements-dev.txt",
     "own_data": "test_own_data", "mine.yaml": "test_own_data"}

@@ -2,6 +2,7 @@
 
 The commands run as they stand; only settings that make them quick come after them.
 """
+import json
 import re
 import runpy
 import shlex
@@ -140,3 +141,36 @@ def test_every_table_has_its_head(page):
         if line.startswith("|---"):
             assert lines[number - 1].startswith("|") and not lines[number - 2], line
             assert lines[number - 1].count("|") == line.count("|"), line
+
+
+LABELS = {  # rows of the first table -> run, kind of labels
+    "whole boxes": ("gap_{}", "box"), "average pooling, Ycrf": ("gap_{}", "Ycrf"),
+    "BAP, Ycrf without u0": ("bap_{}_nou0", "Ycrf"), "BAP, Ycrf": ("bap_{}", "Ycrf"), "BAP, Yret": ("bap_{}", "Yret"),
+    "from logits (not in the paper): average pooling, Ycrf": ("gap_{}_improved", "Ycrf"),
+    "from logits: BAP, Ycrf": ("bap_{}_improved", "Ycrf")}
+SEGMENTERS = {
+    "NAL": "nal_{}", "cross-entropy on Ycrf": "crf_{}", "cross-entropy on Yret": "ret_{}",
+    "NAL, labels from logits": "nal_{}_improved", "cross-entropy, labels from logits": "crf_{}_improved",
+    "cross-entropy on whole boxes": "boxes_{}", "cross-entropy on 422 true masks, no boxes": "masks_{}",
+    "422 true masks (paper: 1,464), other images' boxes": "masks_and_boxes_{}"}
+
+
+def test_the_first_table_is_what_the_runs_say():
+    """Its last two columns, seeds 0 and 1; a cell is empty where there is no such run."""
+    ran = {}
+    for name in "labels", "segmenters", "improved":
+        ran |= json.loads((ROOT / f"docs/voc2007/{name}.json").read_text())
+
+    def score(kind, name, seed):
+        if kind == "segmenter":
+            results = ran.get(f"voc2007_{SEGMENTERS[name]}".format(seed), {}).get("eval.json", {}).items()
+            plain = [r["miou"] for key, r in results if key == "Segmentation/test, plain"]
+            final = [r["miou"] for key, r in results if key.endswith("scales 0.5 0.75 1 1.5 + flip + CRF")]
+            return " / ".join(f"{miou:.1f}" for miou in plain + final)
+        run, of = LABELS[name]
+        return f"{ran[f'voc2007_{run}'.format(seed)]['labels/scores.json']['Segmentation/test'][of]['miou']:.1f}"
+
+    rows = re.findall(r"^\| (labels|segmenter):? (.+?) \|.*\|([\d./ ]*)\|([\d./ ]*)\|$", README, re.M)
+    assert [row[1] for row in rows] == [*LABELS, *SEGMENTERS]
+    for kind, name, *cells in rows:
+        assert [cell.strip() for cell in cells] == [score(kind, name, seed) for seed in (0, 1)], name

@@ -1,4 +1,5 @@
 """crf.py: against a mean field with every pair of pixels written out, and what a user hands it."""
+import inspect
 import os
 import shutil
 import subprocess
@@ -102,6 +103,19 @@ def test_hard_probabilities():
     p = guess(right.astype(int), 3, sure=1.0)
     q = dense_crf(image, p)
     assert np.isfinite(q).all() and (q.argmax(0) == right).all()
+
+
+def test_the_defaults_are_the_papers_for_labels():
+    *_, bilateral, gaussian, iterations = inspect.signature(dense_crf).parameters.values()
+    assert (bilateral.default, gaussian.default, iterations.default) == ((4.0, 55.0, 3.0), (3.0, 3.0), 10)
+
+
+def test_a_label_of_probability_0_is_not_forbidden():
+    """One pixel of one colour with 80 others is sure of another label."""
+    p = np.zeros((2, 9, 9), np.float32)
+    p[0], p[:, 4, 4] = 1, (0, 1)
+    q = dense_crf(np.full((9, 9, 3), 200, np.uint8), p, bilateral=(30.0, 55.0, 3.0), gaussian=(0.0, 3.0))
+    assert not q.argmax(0).any()
 
 
 def test_bilateral_rgb_std_holds_colours_apart():

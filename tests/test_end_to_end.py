@@ -1,5 +1,6 @@
 """The four commands, one after another, on a small copy of the shapes set; and what they say to bad input."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -93,7 +94,11 @@ def test_the_screen_ends_with_the_table(work):
     lines = (work / "eval.out").read_text().split("mIoU, %, val\n")[1].splitlines()
     assert [line.strip().rsplit(maxsplit=1)[0] for line in lines[:4]] == [
         "whole boxes as labels", "Ycrf", "Yret", "segmenter, plain"]
-    assert all(0 <= float(line.split()[-1]) <= 100 for line in lines[:4])
+    run = work / "runs/shapes"
+    labels = json.loads((run / "labels/scores.json").read_text())["val"]
+    expected = [labels[kind]["miou"] for kind in ("box", "Ycrf", "Yret")]
+    expected.append(json.loads((run / "eval.json").read_text())["val, plain"]["miou"])
+    assert [line.split()[-1] for line in lines[:4]] == [f"{miou:.1f}" for miou in expected]
 
 
 def test_metrics_hold_every_number(work):
@@ -101,8 +106,16 @@ def test_metrics_hold_every_number(work):
     assert [(line["stage"], line.get("iteration")) for line in lines] == [
         ("train_cls", 2), ("train_cls", 4), ("make_labels", None), ("make_labels", None),
         ("train_seg", 2), ("train_seg", 4), ("eval", None)]
-    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
-    assert all(line["lr"] > 0 for line in lines if "lr" in line)  # of that step, not of one after the last
+    keys = {"train_cls": "lr loss right_boxes right_queries", "make_labels": "split box Ycrf Yret",
+            "train_seg": "lr loss", "eval": "split method miou"}
+    for line in lines:
+        assert line.keys() - {"time", "stage", "iteration"} == {*keys[line["stage"]].split()}
+        assert np.isfinite(line.get("loss", 0))
+        if "lr" in line:  # of that step: 0.03 (1 - i / 4)^0.9 with i = 1, 3
+            assert line["lr"] == pytest.approx(0.03 * (1 - (line["iteration"] - 1) / 4) ** 0.9)
+    scores = json.loads((work / "runs/shapes/labels/scores.json").read_text())
+    for line in lines[2:4]:
+        assert all(line[kind] == scores[line["split"]][kind]["miou"] for kind in ("box", "Ycrf", "Yret"))
 
 
 def test_panels_hold_two_rows(work):
@@ -129,9 +142,11 @@ def test_a_folder_of_labels_is_scored(work):
 
 def test_a_reader_that_has_seen_enough(work):
     """As `| head -1`: nothing is said of the pipe."""
+    read, write = os.pipe()
+    os.close(read)
     process = subprocess.Popen([sys.executable, ROOT / "eval.py", *SMALL, "labels=data/shapes/SegmentationClassAug"],
-                               cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
+                               cwd=work, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
     said = process.stderr.read()
     assert process.wait() == 1 and "scores val" in said and "Pipe" not in said and "Traceback" not in said
 
@@ -294,6 +309,7 @@ def test_missing_folder_list_and_settings(spoilt, capsys, monkeypatch):
     assert "train_cls.crop is 64" in refused("train_cls", capsys, monkeypatch, "crop=64")
     assert "train_seg.batch is 0" in refused("train_seg", capsys, monkeypatch, "batch=0")
     assert "run.device: nonsense" in refused("eval", capsys, monkeypatch, "run.device=nonsense")
+    assert "no list to work on" in refused("eval", capsys, monkeypatch, "data.val=")
     for truth in ("none", ""):
         assert "no true masks" in refused("eval", capsys, monkeypatch, "labels=runs", f"data.truth={truth}")
     assert "background, which is label 0" in refused("train_cls", capsys, monkeypatch, "data.classes=[background, bar]")
@@ -313,6 +329,7 @@ def test_checkpoints_of_others(spoilt, capsys, monkeypatch):
     Path("runs/shapes/seg.pt").write_bytes(b"nonsense")
     assert "not a checkpoint" in refused("eval", capsys, monkeypatch)
     shutil.copy("runs/shapes/cls.pt", "runs/shapes/seg.pt")
+    assert "a BoxClassifier, not a DeepLab, which train_seg.py makes" in refused("eval", capsys, monkeypatch)
     torch.save({"network": {}}, "runs/shapes/cls.pt")
     assert "not a cls.pt or seg.pt" in refused("make_labels", capsys, monkeypatch)
 
@@ -369,6 +386,7 @@ def test_every_setting_of_stage_1_trains(spoilt, monkeypatch, argument):
     import train_cls
     monkeypatch.setattr(sys, "argv", ["train_cls.py", *SMALL, argument, "overwrite=true"])
     runs.launch("train_cls", train_cls.main)
+    assert torch.are_deterministic_algorithms_enabled() == ("deterministic" in argument)
     torch.use_deterministic_algorithms(False)  # as before
     assert all(v.isfinite().all() for v in torch.load("runs/shapes/cls.pt", weights_only=True)["model"].values())
 

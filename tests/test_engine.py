@@ -1,6 +1,7 @@
 """The training loop and the scores."""
 import math
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,21 @@ def test_confusion_and_scores_by_hand():
     assert result["iou"] == pytest.approx(dict(a=100 / 3, b=100 / 3, c=50, d=None))
     assert result["miou"] == pytest.approx((100 / 3 + 100 / 3 + 50) / 3)
     assert result["pixel_accuracy"] == pytest.approx(50) and result["mean_accuracy"] == pytest.approx(50)
+
+
+def test_the_table_on_screen(capsys):
+    box = dict(miou=60.0, iou=dict(background=60.0, cat=None), pixel_accuracy=61.0, mean_accuracy=62.0)
+    crf = dict(miou=75.0, iou=dict(background=80.0, cat=70.0), pixel_accuracy=81.0, mean_accuracy=82.0)
+    engine.print_scores("labels of val", dict(box=box, Ycrf=crf))
+    assert capsys.readouterr().out == """
+labels of val
+  IoU, %               box    Ycrf
+  background          60.0    80.0
+  cat                    -    70.0
+  mean                60.0    75.0
+  pixel accuracy      61.0    81.0
+  mean accuracy       62.0    82.0
+"""
 
 
 def test_losses_are_read_in_order_and_checked():
@@ -131,6 +147,27 @@ def test_balance_reaches_the_order(monkeypatch):
     monkeypatch.setattr(datasets, "balance_weights", lambda dataset: torch.tensor([0.0] * 9 + [1]))
     batches = engine.batches(config, config.train_cls, Noise(), 0)
     assert {name for batch in batches for name in batch["id"]} == {"9"}
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_the_networks_and_the_weights_stay_float32(tmp_path, precision, dtype):
+    seen = set()
+
+    def losses(network, batch):
+        out = network.layer(batch["image"])
+        seen.add(out.dtype)
+        return {"loss": out.float().square().mean()}
+
+    weights = train_tiny(tmp_path, losses, precision=precision)
+    assert seen == {dtype} and {value.dtype for value in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_backbone_is_compiled_if_it_is_asked_for(tmp_path, monkeypatch, asked):
+    calls = []
+    monkeypatch.setattr(Tiny, "backbone", SimpleNamespace(compile=lambda: calls.append(1)), raising=False)
+    train_tiny(tmp_path, square, compile=asked)
+    assert len(calls) == asked
 
 
 def test_each_rank_draws_a_dropout_of_its_own(tmp_path, monkeypatch):

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import datasets
 import engine
 import eval as evaluation
+import make_labels
 import models
 import settings
 
@@ -78,6 +80,19 @@ def test_views_and_crf_are_those_of_the_settings(tmp_path, monkeypatch):
     assert (datasets.read_mask(tmp_path / "x.png", 2) == cosine.argmax(0).numpy()).all()
 
 
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_of_labels_and_of_predictions(tmp_path, precision, dtype):
+    conv, seen = torch.nn.Conv2d(3, 4, 3, 8, 1), []
+    conv.trained_with = {}
+    conv.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    config = settings.read("eval", [f"run.precision={precision}", "run.workers=0"])
+    config.device, image = torch.device("cpu"), torch.randint(0, 256, (3, 16, 17), dtype=torch.uint8)
+    network = SimpleNamespace(features=lambda images: conv(images / 255))
+    assert make_labels.upsampled(config, network, image).features.dtype == torch.float32
+    evaluation.predict_images(config, conv, Sample([{"id": "x", "image": image}]), tmp_path)
+    assert seen == [dtype, dtype]
+
+
 def test_labels_are_enlarged_without_new_ones_between(tmp_path):
     scores = np.zeros((4, 2, 3))
     scores[3, :, 1:] = 1
@@ -98,3 +113,13 @@ def test_photographs_that_no_name_tells_apart_are_refused(tmp_path):
         (tmp_path / folder / "a.jpg").write_bytes(b"")
     with pytest.raises(settings.UsageError, match="several files of one name"):
         evaluation.Photos(f"{tmp_path}/*/z/a.jpg", 1000)
+
+
+def test_longer_photographs_are_predicted_at_max_side(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "long.png")
+    Image.new("RGB", (90, 60)).save(tmp_path / "short.png")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    photos = evaluation.Photos(str(tmp_path), 100)
+    assert photos.ids == ["long", "short"]
+    found = [(tuple(photos[k]["size"]), tuple(photos[k]["image"].shape)) for k in (0, 1)]
+    assert found == [((100, 200), (3, 50, 100)), ((60, 90), (3, 60, 90))]

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -72,6 +73,8 @@ def test_a_published_network_labels_and_segments_under_any_settings(tmp_path):
                    tmp_path / f"{name}.pt")
         subprocess.run([sys.executable, ROOT / "tools/half.py", f"{name}.pt", f"half/{name}.pth"], cwd=tmp_path,
                        check=True)
+        with zipfile.ZipFile(tmp_path / f"half/{name}.pth") as archive:
+            assert {item.compress_type for item in archive.infolist()} == {zipfile.ZIP_DEFLATED}
         content = torch.load(tmp_path / f"half/{name}.pth")
         assert set(content) == {"network", "classes", "model"}
         for key, value in content["model"].items():

@@ -50,6 +50,22 @@ def test_cross_entropy_equals_the_equation(void):
     same("cross_entropy", cosine, labels)
 
 
+def test_cross_entropy_of_no_label_is_zero_with_zero_gradient():
+    cosine, labels, _ = random_case()
+    loss = losses.cross_entropy(cosine, torch.full_like(labels, 255))
+    loss.backward()
+    assert loss.item() == 0 and not cosine.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cross_entropy_of_half_precision(dtype):
+    cosine, labels, _ = random_case(L=200, seed=3)
+    half = cosine.detach().to(dtype)
+    loss = losses.cross_entropy(half, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(float(reference.cross_entropy(half.double(), labels)), rel=1e-5)
+
+
 @pytest.mark.parametrize("name, settings", [
     ("noise_aware_loss", dict(gamma=0.0)),
     ("noise_aware_loss", dict(gamma=1.0)),

@@ -440,6 +440,14 @@ def test_upsampled_equals_interpolation(map_size, size, canvas, dtype, tolerance
         close(look.mean(masks.to(mask_dtype)), means, tolerance)
 
 
+def test_upsampled_mean_of_weights():
+    features, size = random_features(1, 6, 4, 5)[0], (13, 17)
+    weights = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dense = reference.upsampled(features, size)
+    expected = torch.stack([(w * dense).sum((1, 2)) / w.sum() for w in weights])
+    close(Upsampled(features, size).mean(weights), expected)
+
+
 def test_upsampled_of_zeros():
     features = random_features(1, 6, 4, 5)[0]
     features[:, :, 2:] = 0
@@ -573,6 +581,25 @@ def test_box_classifier_pools_and_classifies():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     nothing = model(images, random_boxes((0, 0), (65, 65)))
     assert nothing.foreground.shape == (0, 4, 21) and len(nothing.queries) == 32
+
+
+def test_box_classifier_pools_what_it_is_told_is_background():
+    """Padding is none: below row 40 nothing is background, although no box lies there."""
+    model, images, boxes = small(BoxClassifier, 3), random_images(1, 3, 65, 65), random_boxes((2,), (65, 65))
+    background = outside_boxes(boxes, (65, 65))
+    background[:, :, 40:] = 0
+    with torch.no_grad():
+        scores, features = model(images, boxes, background), model.features(images)
+    expected, rows = reference.bap(features.double(), boxes, (65, 65), background), model.classifier.weight.detach()
+    assert 0 < len(expected.queries) < 16
+    close(scores.queries, expected.queries @ rows.double().T, 1e-4)
+    close(scores.foreground, expected.foreground @ rows.double().T, 1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 65), (65, 70)])
+def test_box_classifier_refuses_crops_of_other_sides(size):
+    with pytest.raises(ValueError, match=rf"^crops of \({size[0]}, {size[1]}\): each side must be 8 k \+ 1"):
+        small(BoxClassifier, 3)(torch.zeros(1, 3, *size), random_boxes((1,), size))
 
 
 # ---- weights ----
@@ -940,10 +967,12 @@ def test_the_example_that_predicts(tmp_path):
     network.classifier.weight.data = torch.eye(3, network.backbone.channels)
     torch.save(checkpoint(network.state_dict(), "DeepLab", 0.05, ["leaf", "sea"]),
                tmp_path / "seg.pt")
-    stripes = np.zeros((60, 300, 3), np.uint8)
+    stripes = np.zeros((60, 1500, 3), np.uint8)
     for channel in range(3):
-        stripes[:, 100 * channel:100 * (channel + 1), channel] = 255
-    Image.fromarray(stripes).save(tmp_path / "photo.png")
+        stripes[:, 500 * channel:500 * (channel + 1), channel] = 255
+    exif = Image.Exif()
+    exif[274] = 6  # it is stored on its side
+    Image.fromarray(np.rot90(stripes)).save(tmp_path / "photo.png", exif=exif)
     for file in ("models.py", "examples/predict.py"):
         shutil.copy(ROOT / file, tmp_path)
 
@@ -953,10 +982,10 @@ def test_the_example_that_predicts(tmp_path):
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     picture = Image.open(tmp_path / "out.png")
-    assert picture.mode == "P" and picture.size == (300, 60)
+    assert picture.mode == "P" and picture.size == (1000, 40)
     colours = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]  # of VOC's 0, 1, 2
     for label, colour in enumerate(colours):
-        stripe = 100 * label + 30, 0, 100 * label + 70, 60
+        stripe = 333 * label + 100, 0, 333 * label + 230, 40
         assert (np.array(picture.crop(stripe)) == label).all()
         assert (np.array(picture.convert("RGB").crop(stripe)) == colour).all()
     palette = np.array(picture.getpalette()).reshape(-1, 3)

@@ -759,6 +759,7 @@ def coloured(left, right):
 @pytest.mark.parametrize("mask, expected", [
     (coloured(1, 2), [1, 2]), (coloured(255, 2), [255, 2]), (coloured(0, 255), [0, 255]), (coloured(0, 0), [0, 0]),
     (coloured(1, 2).convert("RGB"), [1, 2]), (coloured(255, 0).convert("RGB"), [255, 0]),
+    (Image.fromarray(np.dstack([np.array(coloured(1, 2).convert("RGB")), halves(0, 255)])), [0, 2]),
     (Image.fromarray(halves(1, 255, np.uint16)), [1, 255])])
 def test_masks_that_are_right(run, mask, expected):
     masked(mask, ("cat", "dog"))

@@ -75,6 +75,35 @@ def test_heat_is_half_of_each_pixel():
         assert np.abs(found[pixel] - colour).max() <= 1
 
 
+def test_overlays_colour_the_objects_alone(tmp_path, capsys):
+    """Half the photograph, half VOC's colour: grey 100 and (128, 0, 0) make (114, 50, 50)."""
+    Image.new("RGB", (3, 2), (100, 100, 100)).save(tmp_path / "a.png")
+    datasets.write_mask(tmp_path / "made/a.png", np.array([[0, 1, 0], [0, 0, 2]]))
+    paths = {"a": tmp_path / "a.png", "without": tmp_path / "labels.png"}
+    pictures.write_overlays(paths, tmp_path / "made", ["cat", "dog"])
+    grey, red, green = [100] * 3, [114, 50, 50], [50, 114, 50]
+    assert np.array(Image.open(tmp_path / "made/a_overlay.png")).tolist() == [[grey, red, grey], [grey, grey, green]]
+    assert "overlays of 1 photographs, 1 cat, 2 dog" in capsys.readouterr().out
+
+
+def test_each_column_shows_its_own_file(folder):
+    """Class 1 stands on one pixel of the first row: 0 in Ycrf, 1 in Yret, 2 in the truth, 3 in the prediction."""
+    name = datasets.read_list("data/shapes", "val")[0]
+    image = Path(f"data/shapes/JPEGImages/{name}.jpg")
+    places = {"Ycrf": "runs/shapes/labels/Ycrf", "Yret": "runs/shapes/labels/Yret",
+              "truth": "data/shapes/SegmentationClassAug", "prediction": "made"}
+    for pixel, place in enumerate(places.values()):
+        labels = np.zeros(datasets.read_image(image).shape[:2])
+        labels[0, pixel] = 1
+        datasets.write_mask(f"{place}/{name}.png", labels)
+    row = pictures.panel(settings.read("eval", []), name, image, Path("made"))
+    for pixel, title in enumerate(places):
+        found = np.array(row[title])[0]
+        assert found[pixel].tolist() == [128, 0, 0] and found.any(1).nonzero()[0].tolist() == [pixel]
+    assert np.array(row["Ycrf != Yret"])[0].nonzero()[0].tolist() == [0, 1]
+    assert row["attention u0"] is None and row["CAM u_c"] is None
+
+
 def test_more_heat_is_brighter():
     found = np.array(pictures.heat_map(np.zeros((1, 256, 3), np.uint8), np.arange(256, dtype=np.uint8)[None]))[0]
     brightness = found @ np.array([0.299, 0.587, 0.114])

@@ -34,7 +34,24 @@ def test_the_recipe_of_the_paper_and_of_the_authors():
     for s in (one, three):
         assert (s.optimizer, s.momentum, s.decay, s.scale, s.new_lr, s.double_bias) == (
             "sgd", 0.9, 5e-4, (0.5, 1.5), 10, True)
-    assert (config.eval.crf_bilateral, config.eval.crf_gaussian) == ((4, 121, 5), (3, 3))
+        assert (s.backbone, s.width, s.dropout, s.jitter, s.warmup, s.balance) == ("vgg16", 1, 0.5, 0.5, 0, False)
+    assert (one.pooling, three.loss, three.drop_at) == ("bap", "nal", 0)
+    crf = config.eval.crf_bilateral, config.eval.crf_gaussian, config.eval.crf_iterations
+    assert crf == ((4, 121, 5), (3, 3), 10)
+
+
+def test_the_recipe_of_deeplab_v2():
+    """The authors' second segmenter: 20,000 x 10 crops, the head at ten times the rate, a CRF of its own."""
+    folder = settings.DEFAULT_CONFIG.parent
+    config, vgg16 = (read(str(folder / f"voc_{name}.yaml")) for name in ("resnet101", "vgg16"))
+    s = config.train_seg
+    assert config.train_cls == vgg16.train_cls and config.make_labels == vgg16.make_labels
+    assert config.data == vgg16.data
+    assert (s.backbone, s.weights, s.iterations, s.batch, s.crop) == ("resnet101", "imagenet", 20000, 10, 321)
+    assert (s.lr, s.poly, s.drop_at, s.new_lr, s.double_bias) == (2.5e-4, 0.9, 0, 10, False)
+    assert (s.optimizer, s.momentum, s.decay, s.scale, s.jitter) == ("sgd", 0.9, 5e-4, (0.5, 1.5), 0.5)
+    crf = config.eval.crf_bilateral, config.eval.crf_gaussian, config.eval.crf_iterations
+    assert crf == ((4, 67, 3), (3, 1), 10)
 
 
 def test_a_bare_key_is_the_scripts_own_or_of_run():
@@ -105,7 +122,12 @@ def test_every_settings_file_is_valid(path):
     read(str(path))
 
 
-@pytest.mark.parametrize("stage", ["train_cls", "make_labels", "train_seg", "eval"])
+COMMENTS = {"train_cls": "# gap: average pooling", "make_labels": "# images of each list whose u0 and u_c are kept",
+            "train_seg": "# lambda: of the loss where Ycrf and Yret differ",
+            "eval": "# score this folder's ID.png, not a segmenter"}
+
+
+@pytest.mark.parametrize("stage", COMMENTS)
 def test_help_names_every_setting_once_with_its_default_and_comment(stage, tmp_path):
     done = script(stage, "--help", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr
@@ -126,6 +148,7 @@ def test_help_names_every_setting_once_with_its_default_and_comment(stage, tmp_p
             expected = field.default
             if field.name != "classes":
                 assert eval(default) == expected
+    assert COMMENTS[stage] in sections[0] and "# processes that read images or run the CRF" in sections[2]
 
 
 @pytest.mark.parametrize("argument", ["-v", "--seed", "--train_cls.lr=1"])

@@ -21,8 +21,11 @@ def test_the_loss_by_hand():
     logits = [(0., 0, 2), (3, 0, 0), (0, 1, 0), (0, 1, 0), (0, 1, 0)]
     targets = [2, 2, 1, 1, 0]
     scores = models.Scores(torch.tensor(logits[:4]).view(2, 2, 3), torch.tensor(logits[4:]))
-    batch = dict(image=torch.zeros(1), boxes=[], background=None, labels=[torch.tensor([2]), torch.tensor([1])])
-    found = train_cls.objective(lambda *_: scores, batch)
+    batch = dict(image=torch.zeros(1), boxes=[], background=torch.zeros(1),
+                 labels=[torch.tensor([2]), torch.tensor([1])])
+    given = []
+    found = train_cls.objective(lambda *inputs: given.extend(inputs) or scores, batch)
+    assert [id(value) for value in given] == [id(batch[key]) for key in ("image", "boxes", "background")]
     ce = [math.log(sum(map(math.exp, row))) - row[target] for row, target in zip(logits, targets)]
     assert found["loss"].item() == pytest.approx(sum(ce) / 5)
     assert (found["right_boxes"].item(), found["right_queries"].item()) == (0.75, 0)
@@ -62,6 +65,16 @@ def test_another_seed_is_another_start_and_another_order(begin):
         orders.append([batch["id"] for batch in engine.batches(config, config.train_cls, dataset, 0)])
     assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
     assert orders[0] == orders[2] != orders[1]
+
+
+def test_another_file_of_weights_is_another_training(begin):
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        torch.save({"model": models.BoxClassifier(6, "vgg16_bn", width=0.0625).state_dict()}, "start.pt")
+        *_, inputs = begin("weights=start.pt")
+        found.append(inputs())
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize("file, pattern", [

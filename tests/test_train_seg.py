@@ -224,3 +224,10 @@ def test_scores_are_of_networks_that_the_run_has(work, monkeypatch):
 def test_scores_need_images_with_a_true_mask(work, arguments):
     with pytest.raises(settings.UsageError, match="val_images and keep_best need"):
         start(train_seg.main, *arguments)
+
+
+def test_scored_images_are_evenly_spaced(tmp_path, monkeypatch):
+    make_shapes(tmp_path / "data/shapes", train=1, val=6)
+    monkeypatch.chdir(tmp_path)
+    scored = train_seg.scored_images(settings.read("train_seg", ["val_images=3"]))
+    assert [scored.dataset.ids[k] for k in scored.indices] == ["shapes_00001", "shapes_00003", "shapes_00005"]

@@ -224,8 +224,8 @@ def read_values(script: str, unread: list) -> dict[str, float]:
 def keep_best(path: Path, content: dict) -> None:
     """Saves a checkpoint, unless the one there, chosen alike, is as good."""
     before = models.read_file(path) if path.exists() else {}
-    same = before.get("chosen") == content["chosen"]
-    if not same or content["miou"] > before["miou"]:
+    if (before.get("chosen") != content["chosen"]
+            or content["miou"] > before["miou"]):
         runs.save(path, content)
 
 

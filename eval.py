@@ -11,7 +11,6 @@ photographs, pictures/METHOD/ID.png and ID_overlay.png.
 """
 import glob
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,9 +87,9 @@ def unique_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def write_labels(path: Path, scores: np.ndarray, size: tuple) -> None:
-    """Writes the argmax of scores (L, h, w) as a picture of size (H, W)."""
-    labels = Image.fromarray(scores.argmax(0).astype(np.uint8))
+def write_labels(path: Path, maps: np.ndarray, size: tuple) -> None:
+    """Writes the argmax of maps (L, h, w) as a picture of size (H, W)."""
+    labels = Image.fromarray(maps.argmax(0).astype(np.uint8))
     if labels.size[::-1] != tuple(size):
         labels = labels.resize(size[::-1], Image.Resampling.NEAREST)
     datasets.write_mask(path, np.asarray(labels))
@@ -132,9 +131,9 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
                 s.crf_bilateral, s.crf_gaussian, s.crf_iterations)
 
     if s.crf:
-        for (path, size), scores in runs.overlap(
+        for (path, size), marginals in runs.overlap(
                 config.run.workers, dense_crf, crf_tasks()):
-            write_labels(path, scores, size)
+            write_labels(path, marginals, size)
     else:
         for path, size, _, cosine in cosines():
             write_labels(path, cosine.cpu().numpy(), size)
@@ -228,12 +227,12 @@ def main(config: SimpleNamespace) -> None:
     weights = Path(s.weights or config.path / "seg.pt")
     without = {"weights", "split", "labels", "images", "max_side", "panels",
                "photos"}
-    without |= {key for key in asdict(s) if key.startswith("crf_")
-                and not s.crf}
-    runs.discard_outdated(
-        config, folder, "eval", runs.settings_of(
-            config, "eval", "train_seg.temperature", without=without),
-        weights)
+    if not s.crf:
+        without |= {"crf_bilateral", "crf_gaussian", "crf_iterations"}
+    # A checkpoint says its own temperature.
+    others = {"train_seg.temperature"} - network.trained_with.keys()
+    made_with = runs.settings_of(config, "eval", *others, without=without)
+    runs.discard_outdated(config, folder, "eval", made_with, weights)
     predict_images(config, network, dataset, folder)
     runs.barrier()
     if engine.true_masks(config, split):

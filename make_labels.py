@@ -169,10 +169,10 @@ def label_by_crf(marginals: np.ndarray, u: Unaries) -> Tensor:
     """Ycrf (H, W): argmax of the CRF's marginals (1 + classes, H, W), of a
     class inside its own boxes only.
     """
-    scores = torch.from_numpy(marginals)
-    scores = torch.cat((scores[:1], scores[1:] * u.own))
+    p = torch.from_numpy(marginals)
+    p = torch.cat((p[:1], p[1:] * u.own))
     # max, since argmax is slower
-    return torch.tensor([0, *u.classes])[scores.max(0).indices]
+    return torch.tensor([0, *u.classes])[p.max(0).indices]
 
 
 @torch.inference_mode()

@@ -66,6 +66,8 @@ def check_boxes(boxes: list[Tensor]) -> None:
     for found in boxes:
         if isinstance(found, BoundingBoxes) and found.format.value != "XYXY":
             raise ValueError(f"boxes are {found.format.value}, not XYXY")
+        if found.shape[1:] != (4,):
+            raise ValueError(f"boxes are {tuple(found.shape)}, not (K, 4)")
         # Values on a GPU would be waited for; a traced graph has none.
         if found.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = found[(found[:, :2] > found[:, 2:]).any(1)].tolist()
@@ -743,9 +745,9 @@ class Network(nn.Module):
                 for (rate, decay), params in groups.items()]
 
 
-class Scores(NamedTuple):
-    foreground: Tensor  # (sum K_i, bins * bins, 1 + num_classes): logits of r
-    queries: Tensor  # (J, 1 + num_classes): logits of q
+class Logits(NamedTuple):
+    foreground: Tensor  # (sum K_i, bins * bins, 1 + num_classes): of r
+    queries: Tensor  # (J, 1 + num_classes): of q
 
 
 class BoxClassifier(Network):
@@ -761,14 +763,14 @@ class BoxClassifier(Network):
         self.pooling = pooling or BAP()
 
     def forward(self, images: Tensor, boxes: list[Tensor],
-                background: Tensor | None = None) -> Scores:
+                background: Tensor | None = None) -> Logits:
         """images (N, 3, H, W) of sides 8 k + 1; the others as for BAP."""
         size = images.shape[2:]
         if padded_size(size) != tuple(size):
             raise ValueError(f"crops of {tuple(size)}: each side must be "
                              "8 k + 1, such as 321")
         pooled = self.pooling(self.features(images), boxes, size, background)
-        return Scores(self.classifier(pooled.foreground),
+        return Logits(self.classifier(pooled.foreground),
                       self.classifier(pooled.queries))
 
 

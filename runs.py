@@ -267,7 +267,7 @@ def own_file(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except settings.NOT_YAML:
+    except settings.UNREADABLE:
         raise UsageError(f"{path}: not what this program wrote; remove "
                          "it") from None
 
@@ -283,7 +283,7 @@ def digest(*paths: Path) -> str | None:
     """A hash of the files' content; None where the first is no file. Of a
     file of weights: as it was when it was read, since it may be another now.
     """
-    if not paths or not paths[0].is_file():
+    if not paths[0].is_file():
         return None
     read = models.READ.get(os.path.abspath(paths[0]))
     if read:
@@ -323,7 +323,7 @@ def refuse_changes(path: Path, before: object, now: dict) -> None:
 
 
 def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
-                     settings: dict, source: Path) -> None:
+                     made_with: dict, source: Path) -> None:
     """Empties `folder` unless the same settings and checkpoint `source` made
     what it holds. What other settings made is refused, or discarded with
     run.overwrite. A source outside this run counts as a setting: it is not a
@@ -331,9 +331,9 @@ def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
     """
     if rank() == 0:
         hold(config)
-        now = {"settings": settings, source.name: digest(source)}
+        now = {"settings": made_with, source.name: digest(source)}
         if source.parent != config.path:
-            now = {"settings": settings | {"weights": digest(source)}}
+            now = {"settings": made_with | {"weights": digest(source)}}
         if folder.is_symlink():  # to another disk, where its files stay
             folder = folder.resolve()
             datasets.remove_abandoned(folder.rglob(".*.tmp"))
@@ -359,7 +359,6 @@ def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
         # Renamed first: a kill must not leave some that look finished.
         folder.rename(trash)
         shutil.rmtree(trash)
-        folder.mkdir()
     write_json(stamp, now)
 
 
@@ -534,16 +533,11 @@ def in_workers(config: SimpleNamespace, dataset: Any,
         options["batch_size"] = None
     if workers:
         batch = next(iter(options.get("batch_sampler", ())), [0])
-        options["prefetch_factor"] = batches_ahead(
-            workers, len(batch) * bytes_of(dataset[0]))
+        size = sum(value.nbytes for value in dataset[0].values()
+                   if isinstance(value, torch.Tensor))
+        options["prefetch_factor"] = batches_ahead(workers, len(batch) * size)
     return DataLoader(dataset, num_workers=workers,
                       worker_init_fn=begin_worker, **options)
-
-
-def bytes_of(sample: dict) -> int:
-    """Of its tensors."""
-    return sum(value.nbytes for value in sample.values()
-               if isinstance(value, torch.Tensor))
 
 
 def batches_ahead(workers: int, size: int) -> int:
@@ -605,7 +599,8 @@ def overlap(workers: int, function: Callable,
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), follow_parent)
-    pool.submit(int)  # starts them all
+    for _ in range(workers):
+        pool.submit(int)  # starts one
     signal.signal(signal.SIGINT, handler)
     waiting: deque = deque()
     for kept, arguments in tasks:

@@ -56,7 +56,7 @@ class Data:
     train: str = "train_aug"
     val: str = "val"  # images that training never sees; may be empty
     truth: str = "SegmentationClassAug"  # folder of true masks
-    masks: str = ""  # part of train whose true masks stage 3 learns from
+    masks: str = ""  # a list within train: stage 3 learns its true masks
 
 
 @dataclass
@@ -181,9 +181,10 @@ LEAST = dict(
     max_side=9, val_images=0, val_every=1,
     scales=0.01, sizes=0.01, crf_bilateral=0.1, crf_gaussian=0.1,
     crf_iterations=1)
-# What yaml raises; the last five for a tag such as !!int x, or too deep.
-NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError,
-            AttributeError, RecursionError)
+# What yaml and json raise; the last five for a tag such as !!int x, or too
+# deep.
+UNREADABLE = (yaml.YAMLError, ValueError, LookupError, TypeError,
+              AttributeError, RecursionError)
 
 
 def read(script: str, arguments: list[str]) -> SimpleNamespace:
@@ -214,10 +215,10 @@ def read(script: str, arguments: list[str]) -> SimpleNamespace:
 def fill_from_file(found: dict, path: Path) -> None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"{path}: no such file; configs/ holds the settings "
                          "files") from None
-    except NOT_YAML as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path}: not YAML: {reason}") from None
     if not isinstance(content, dict | None):
@@ -241,7 +242,7 @@ def fill_from_argument(found: dict, script: str, argument: str) -> None:
         section = section_of[close[0]]
     try:
         value = yaml.safe_load(text)
-    except NOT_YAML:
+    except UNREADABLE:
         value = text
     if get_type_hints(SECTIONS.get(section, Run)).get(name) is str:
         value = text
@@ -312,10 +313,13 @@ def check(config: SimpleNamespace) -> None:
                    default=-1) < least:
                 raise UsageError(f"{section}.{key} is {value}, not at least "
                                  f"{least}")
-    for s in (config.train_cls, config.train_seg):
-        if s.scale[0] > s.scale[1] or not 0 <= s.dropout < 1:
-            raise UsageError(f"scale is {s.scale}, dropout {s.dropout}: not "
-                             "low, high, or not a share under 1")
+    for section in ("train_cls", "train_seg"):
+        s = getattr(config, section)
+        if s.scale[0] > s.scale[1]:
+            raise UsageError(f"{section}.scale is {s.scale}, not low, high")
+        if not 0 <= s.dropout < 1:
+            raise UsageError(f"{section}.dropout is {s.dropout}, not a share "
+                             "under 1")
     if not re.fullmatch(r"[\w-][\w.-]{0,99}", config.run.name):
         raise UsageError(f"run.name is {reprlib.repr(config.run.name)}, not "
                          "a name of letters, digits, . _ and -")

@@ -26,17 +26,16 @@ def objective(network: models.BoxClassifier,
     every background query (class 0); and the shares of both that are
     classified right.
     """
-    scores = network(batch["image"], batch["boxes"], batch["background"])
+    pooled = network(batch["image"], batch["boxes"], batch["background"])
     labels = models.upload(torch.cat(batch["labels"]), batch["image"].device)
-    labels = labels[:, None].expand(scores.foreground.shape[:2]).flatten()
-    logits = torch.cat((scores.foreground.flatten(0, 1), scores.queries))
-    background = labels.new_zeros(scores.queries.shape[0])
+    labels = labels[:, None].expand(pooled.foreground.shape[:2]).flatten()
+    logits = torch.cat((pooled.foreground.flatten(0, 1), pooled.queries))
+    background = labels.new_zeros(pooled.queries.shape[0])
     targets = torch.cat((labels, background))
 
     ce = F.cross_entropy(logits, targets, reduction="none")
     right = (logits.argmax(1) == targets).float()
-    number = torch.arange(targets.shape[0], device=ce.device)
-    of_boxes = (number < labels.shape[0]).float()
+    of_boxes = torch.cat((torch.ones_like(labels), background)).float()
     group = runs.all_ranks()
     # A weighted mean, since a batch may hold no boxes and no background: its
     # loss is then 0, not 0 / 0.

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets  # noqa: E402
-import engine  # noqa: E402
-import settings  # noqa: E402
+import datasets
+import engine
+import settings
 
 DRAWS = 10_000
 

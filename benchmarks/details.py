@@ -18,14 +18,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bootstrap  # noqa: E402, I001
-import datasets  # noqa: E402
-import engine  # noqa: E402
-import make_labels  # noqa: E402
-import models  # noqa: E402
-import runs  # noqa: E402
-import settings  # noqa: E402
-from crf import dense_crf  # noqa: E402
+import bootstrap  # noqa: I001
+import datasets
+import engine
+import make_labels
+import models
+import runs
+import settings
+from crf import dense_crf
 
 SETTINGS = "as in the settings"
 BEFORE = {SETTINGS: {}, "attention is not cut (threshold=0)": {"threshold": 0.0},

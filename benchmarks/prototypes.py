@@ -15,12 +15,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets  # noqa: E402
-import engine  # noqa: E402
-import make_labels  # noqa: E402
-import models  # noqa: E402
-import runs  # noqa: E402
-import settings  # noqa: E402
+import datasets
+import engine
+import make_labels
+import models
+import runs
+import settings
 
 
 def mistakes(truth, y_ret, attention):

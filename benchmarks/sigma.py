@@ -7,7 +7,7 @@ seg_ITERATION.pt, which benchmarks/voc2007.py keeps of nal_0. Over the images of
 no flip: where Ycrf and Yret differ, sigma is the weight of a pixel in L_wce (gamma of the settings). Prints how often
 the labels are right where they agree and where they differ, and of each checkpoint: the area under the ROC curve of
 sigma as a test of Ycrf being right; the mean of sigma where Ycrf is right and where it is wrong; the share of right
-pixels with sigma above 1/2, and of wrong ones below; the share of the total weight that lies on right pixels.
+pixels with sigma of 1/2 or more, and of wrong ones below; the share of the total weight that lies on right pixels.
 """
 import re
 import sys
@@ -18,15 +18,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets  # noqa: E402
-import engine  # noqa: E402
-import losses  # noqa: E402
-import models  # noqa: E402
-import runs  # noqa: E402
-import settings  # noqa: E402
+import datasets
+import engine
+import losses
+import models
+import runs
+import settings
 
 BINS = 1000  # of sigma's histogram
-HEAD = ("| iterations | AUC | sigma, Ycrf right | Ycrf wrong | right: sigma > 1/2 | wrong: sigma < 1/2 | "
+HEAD = ("| iterations | AUC | sigma, Ycrf right | Ycrf wrong | right: sigma >= 1/2 | wrong: sigma < 1/2 | "
         "weight on right pixels |\n|---|---|---|---|---|---|---|")
 
 

@@ -212,7 +212,7 @@ def read_settings(*arguments):
 def label_maps_of(config, network, image, marginals):
     """Ycrf and Yret of one image, whatever the CRF says."""
     u = make_labels.unaries(config, network, image)
-    y_crf = make_labels.label_by_crf(marginals.copy(), u)
+    y_crf = make_labels.label_by_crf(marginals, u)
     return y_crf, make_labels.label_by_prototypes(y_crf, u, network.classifier.weight.float())
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import details  # noqa: E402, I001
-import runs  # noqa: E402
+import details  # noqa: I001
+import runs
 
 ALL = [1, 1.5, 2]
 LOGITS = [(0.3, 4, 0, ALL), (0.05, 6, 0, ALL), (0.05, 6, 1, ALL), (0.05, 6, 1, [1]), (0.05, 6, 2, ALL),

@@ -11,7 +11,7 @@ from tools.shapes import make_shapes
 
 pytest.importorskip("scipy")
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import bootstrap  # noqa: E402
+import bootstrap
 
 
 def test_two_images():

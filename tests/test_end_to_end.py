@@ -1,4 +1,5 @@
 """The four commands, one after another, on a small copy of the shapes set; and what they say to bad input."""
+import hashlib
 import json
 import os
 import re
@@ -350,6 +351,15 @@ def test_every_loss_trains(spoilt, monkeypatch, loss):
     monkeypatch.setattr(sys, "argv", ["train_seg.py", *SMALL, f"loss={loss}", "overwrite=true"])
     runs.launch("train_seg", train_seg.main)
     assert all(v.isfinite().all() for v in torch.load("runs/shapes/seg.pt", weights_only=True)["model"].values())
+
+
+def test_a_segmenter_of_another_temperature_predicts_anew(spoilt, monkeypatch):
+    for script, overwrite in (("train_seg", "true"), ("eval", "false")):
+        monkeypatch.setattr(sys, "argv", [
+            f"{script}.py", *SMALL, "train_seg.temperature=10", f"run.overwrite={overwrite}"])
+        runs.launch(script, __import__(script).main)
+    made = json.loads(Path("runs/shapes/predictions/plain/made_with.json").read_text())
+    assert made["seg.pt"] == hashlib.sha256(Path("runs/shapes/seg.pt").read_bytes()).hexdigest()[:12]
 
 
 def test_semi_supervised(spoilt, capsys, monkeypatch):

@@ -15,10 +15,10 @@ from tools.shapes import SHAPES, make_shapes
 
 pytest.importorskip("scipy")
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import details  # noqa: E402
-import maps  # noqa: E402
-import prototypes  # noqa: E402
-import sigma  # noqa: E402
+import details
+import maps
+import prototypes
+import sigma
 
 
 def counted(positive, negative):

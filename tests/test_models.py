@@ -1,6 +1,7 @@
 """models.py: pooling and upsampling against the equations in reference.py, and the networks' facts."""
 import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -246,6 +247,12 @@ def test_bap_refuses_boxes_the_wrong_way_round(wrong, background):
         BAP()(random_features(1, 3, 6, 7), boxes, (41, 50), background)
     assert str(error.value) == f"box {list(wrong)} has x1 < x0 or y1 < y0"
     BAP()(random_features(1, 3, 6, 7), [boxes[0][:1]], (41, 50), background)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 5)])
+def test_bap_refuses_boxes_of_another_shape(shape):
+    with pytest.raises(ValueError, match=rf"^boxes are {re.escape(str(shape))}, not \(K, 4\)"):
+        BAP()(random_features(1, 3, 5, 5), [torch.zeros(shape)], (40, 40))
 
 
 def test_bap_takes_boxes_of_torchvision_in_xyxy_alone():

@@ -3,8 +3,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +38,19 @@ def test_overlap_keeps_the_order(workers):
     assert next(results) == (0, 0)
     assert len(asked) <= 2 * max(workers, 1) + 1  # it does not run ahead of its consumer
     assert list(results) == [(k, k * k) for k in range(1, 12)]
+
+
+def ignores_ctrl_c(folder):
+    """Of a worker; two are at it, since each waits for the other."""
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.01)
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_every_worker_leaves_ctrl_c_to_its_parent(tmp_path):
+    results = runs.overlap(2, ignores_ctrl_c, [(k, (tmp_path,)) for k in range(2)])
+    assert list(results) == [(0, True), (1, True)]
 
 
 def test_spread():

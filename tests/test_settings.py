@@ -82,7 +82,8 @@ def test_values_that_look_like_numbers_stay_text():
     ("decay=-1", "train_cls.decay is -1.0, not at least 0"),
     ("train_cls.scale=[1]", "train_cls.scale is [1], not a list of 2 float"),
     ("scale=[0, 1]", "train_cls.scale is (0.0, 1.0), not at least 0.01"),
-    ("scale=[2, 1]", "not low, high"),
+    ("scale=[2, 1]", "train_cls.scale is (2.0, 1.0), not low, high"),
+    ("train_seg.dropout=1", "train_seg.dropout is 1.0, not a share under 1"),
     ("eval.scales=[]", "eval.scales is (), not at least 0.01"),
     ("eval.crf_bilateral=[4, 1e-8, 3]", "not at least 0.1"),
     ("lr=.nan", "train_cls.lr is nan, not a float"),
@@ -112,9 +113,10 @@ def test_bad_files(tmp_path, text, words):
     assert words in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_such_settings_file():
-    with pytest.raises(UsageError, match="nowhere.yaml: no such file"):
-        read("nowhere.yaml")
+@pytest.mark.parametrize("path", ["nowhere.yaml", str(settings.DEFAULT_CONFIG.parent)])
+def test_no_such_settings_file(path):
+    with pytest.raises(UsageError, match=f"{path}: no such file"):
+        read(path)
 
 
 @pytest.mark.parametrize("path", sorted(settings.DEFAULT_CONFIG.parent.glob("*.yaml")), ids=lambda path: path.name)

@@ -20,7 +20,7 @@ def test_the_loss_by_hand():
     """Boxes of classes 2 and 1, of two parts each, and one query."""
     logits = [(0., 0, 2), (3, 0, 0), (0, 1, 0), (0, 1, 0), (0, 1, 0)]
     targets = [2, 2, 1, 1, 0]
-    scores = models.Scores(torch.tensor(logits[:4]).view(2, 2, 3), torch.tensor(logits[4:]))
+    scores = models.Logits(torch.tensor(logits[:4]).view(2, 2, 3), torch.tensor(logits[4:]))
     batch = dict(image=torch.zeros(1), boxes=[], background=torch.zeros(1),
                  labels=[torch.tensor([2]), torch.tensor([1])])
     given = []

@@ -11,7 +11,9 @@ demo: .venv/installed
 	@echo
 	@echo "Pictures: runs/shapes/panels.png (images, labels, predictions) and runs/shapes/curves.png (the trainings);"
 	@echo "runs/shapes/index.md says what else lies there."
-	@echo "Next: $(PY) eval.py images=YOUR_PHOTOS, make voc2007, or your own images and boxes: docs/own_data.md"
+	@echo "Next: your photographs, by the network trained on VOC 2007: $(PY) -m pip install timm, then"
+	@echo "$(PY) eval.py weights=weights/voc2007_seg.pth images=YOUR_PHOTOS run.name=photos;"
+	@echo "or make voc2007; or your own images and boxes: docs/own_data.md"
 
 # make voc, make voc2007: the whole method on PASCAL VOC 2012 or 2007, and its scores beside the paper's. The same
 # command resumes an interrupted run. CONFIG=FILE chooses other settings.

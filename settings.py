@@ -160,7 +160,7 @@ class Eval:
     labels: str = ""  # score this folder's ID.png, not a segmenter
     # Segment these photographs instead: a file, a folder, or a path with *
     images: str = ""
-    max_side: int = 1000  # pixels at which longer photographs are predicted
+    max_side: int = 1000  # pixels, to which longer photographs are reduced
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False  # average over mirrored images, too
     crf: bool = False

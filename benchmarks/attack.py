@@ -1,4 +1,4 @@
-"""Kills, damaged inputs and long runs, in the numbers that docs/running.md states; tests/ hold a part of each.
+"""Kills, damaged inputs and long runs, in the numbers that CONTRIBUTING.md states; tests/ hold a part of each.
 
     python benchmarks/attack.py
 

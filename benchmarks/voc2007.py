@@ -14,8 +14,9 @@ trainings at a time, for a GPU (with run.workers=4). STUDY is one of
     labels       average pooling and BAP, three seeds; BAP with and without
                  u0 and its threshold; both with what unaries.py chose
     segmenters   losses and labels of stage 3, three seeds: needs the labels
-    improved     of labels with what unaries.py chose, three seeds: the same
-    nal          the noise-aware loss and cross-entropy, five seeds more
+    improved     NAL and cross-entropy on labels with what unaries.py chose,
+                 three seeds: needs the labels
+    nal          NAL and cross-entropy, five seeds more: needs the labels
     evaluation   details of the final evaluation, of the segmenter nal_0
 
 Each run is the scripts' own, runs/voc2007_NAME, with all they print in its

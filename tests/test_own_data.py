@@ -823,6 +823,19 @@ def test_a_mask_without_an_image_is_named(run):
     assert status == 2 and "data/SegmentationClass/lost.png: no image 'lost'" in text
 
 
+def test_masked_names_images_of_train_alone(run):
+    """One of the list test is scored by its mask all the same, but is nothing to learn from."""
+    masked(coloured(1, 0))
+    for part, ending in (("JPEGImages", "jpg"), ("Annotations", "xml"), ("SegmentationClass", "png")):
+        shutil.copy(f"data/{part}/a.{ending}", f"data/{part}/b.{ending}")
+    for split, name in (("train", "a"), ("test", "b")):
+        save(f"data/ImageSets/Main/{split}.txt", f"{name}\n")
+    assert run()[0] == 0
+    data, lists = made()
+    assert data["val"] == "masked" and list(lists["masked"]) == list(lists["train"]) == ["a"]
+    assert Path("out", data["truth"], "b.png").exists() and list(lists["test"]) == ["b"]
+
+
 def test_real_voc(run, folder):
     source = ROOT.parent / "shared/voc2007"
     if not source.is_dir():

@@ -152,7 +152,7 @@ SEGMENTERS = {
     "NAL": "nal_{}", "cross-entropy on Ycrf": "crf_{}", "cross-entropy on Yret": "ret_{}",
     "NAL, labels from logits": "nal_{}_improved", "cross-entropy, labels from logits": "crf_{}_improved",
     "cross-entropy on whole boxes": "boxes_{}", "cross-entropy on 422 true masks, no boxes": "masks_{}",
-    "422 true masks (paper: 1,464), other images' boxes": "masks_and_boxes_{}"}
+    "NAL, 422 true masks (paper: 1,464) and other images' boxes": "masks_and_boxes_{}"}
 
 
 def test_the_first_table_is_what_the_runs_say():

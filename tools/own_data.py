@@ -462,7 +462,8 @@ def attach_masks(export):
                 export.notes["masks of objects, second masks, left out"] += 1
             else:
                 picture.mask = path
-                picture.splits.add("masked")
+                if "train" in picture.splits:
+                    picture.splits.add("masked")
 
 
 def mask_colours(export):

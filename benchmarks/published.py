@@ -2,8 +2,9 @@
 
     python benchmarks/published.py docs/voc2007/*.json
 
-Writes runs/NAME, with all that a file of docs/voc2007 holds of the run, and prints the hours that each training took:
-from the first to the last line of its log, without gaps of more than 5 minutes, in which it was stopped.
+Writes runs/NAME where there is none, with all that a file of docs/voc2007 holds of the run, and prints the hours that
+each training took: from the first to the last line of its log, without gaps of more than 5 minutes, in which it was
+stopped.
 """
 import json
 import sys
@@ -21,8 +22,6 @@ def hours(times):
 
 def write_run(folder, files):
     """files: {name under the folder: content}, as benchmarks/voc2007.py gathers them."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; move it, or start this in another folder")
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,12 +36,14 @@ def main(*paths):
     print("| run | training | iterations | hours |\n|---|---|---|---|")
     for path in paths:
         for name, files in json.loads(Path(path).read_text(encoding="utf-8")).items():
-            write_run(Path("runs", name), files)
+            folder = Path("runs", name)
+            if not folder.exists():
+                write_run(folder, files)
             for stage in ("train_cls", "train_seg"):
                 lines = [line for line in files["metrics.jsonl"] if line["stage"] == stage]
                 if lines:
                     took = hours([line["time"] for line in lines])
-                    print(f"| {name} | {stage} | {lines[-1]['iteration']:,} | {took:.2f} |")
+                    print(f"| {name} | {stage} | {lines[-1]['iteration']:,} | {took:.1f} |")
 
 
 if __name__ == "__main__":
@@ -50,5 +51,5 @@ if __name__ == "__main__":
         sys.exit("usage: python benchmarks/published.py FILE.json [FILE.json ...]")
     try:
         main(*sys.argv[1:])
-    except (FileNotFoundError, FileExistsError) as fault:
+    except FileNotFoundError as fault:
         sys.exit(str(fault))

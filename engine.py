@@ -73,6 +73,7 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
         runs.write_settings(config, script)
         if not done:
             best.unlink(missing_ok=True)  # of an earlier training
+            runs.log(config, script, 0)  # where curves.png begins
     if config.run.compile:
         network.backbone.compile()
     # DDP has no device_ids: they would make it move the boxes to the GPU,

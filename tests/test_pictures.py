@@ -186,8 +186,10 @@ def test_what_is_wrong_with_a_run_is_one_line(folder, monkeypatch, capsys):
 
 
 METRICS = """
-{"time": 1, "stage": "train_cls", "iteration": 20, "loss": 9.0, "right_boxes": 0.1, "right_queries": 0.9}
+{"time": 1, "stage": "train_cls", "iteration": 0}
+{"time": 1, "stage": "train_cls", "iteration": 10, "loss": 9.0, "right_boxes": 0.1, "right_queries": 0.9}
 {"time": 1, "stage": "train_cls", "iteration": 40, "loss": 8.0, "right_boxes": 0.1, "right_queries": 0.9}
+{"time": 2, "stage": "train_cls", "iteration": 0}
 {"time": 2, "stage": "train_cls", "iteration": 20, "loss": 3.0, "right_boxes": 0.2, "right_queries": NaN}
 {"time": 2, "stage": "train_cls", "iteration": 40, "loss": 2.5, "right_boxes": 0.3, "right_queries": 0.8}
 {"time": 2, "stage": "train_cls", "iteration": 60, "loss": 2.0, "right_boxes": 0.4, "right_queries": 0.9}
@@ -214,8 +216,8 @@ def numbers(folder):
 
 def test_the_last_pass_of_a_stage(numbers):
     lines = pictures.read_log(Path("runs/shapes/metrics.jsonl"))
-    assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(lines, "train_cls")] == [
-        (20, 3.0), (40, 2.5), (60, 1.5), (80, 1.0)]
+    assert [(p["iteration"], p.get("loss")) for p in pictures.last_pass(lines, "train_cls")] == [
+        (0, None), (20, 3.0), (40, 2.5), (60, 1.5), (80, 1.0)]
     assert [(p["iteration"], p["loss"]) for p in pictures.last_pass(lines, "train_seg")] == [
         (20, 0.5), (25, 0.4), (30, 0.3)]
     assert pictures.read_log(Path("nothing")) == []

@@ -97,11 +97,18 @@ def test_each_column_shows_its_own_file(folder):
         labels[0, pixel] = 1
         datasets.write_mask(f"{place}/{name}.png", labels)
     row = pictures.panel(settings.read("eval", []), name, image, Path("made"))
+    assert row["attention u0"] is None and row["CAM u_c"] is None
+    for kind, value in (("u0", 40), ("cam", 200)):
+        heat = Image.new("L", Image.open(image).size, value)
+        datasets.write(f"runs/shapes/labels/{kind}/{name}.png", datasets.png(heat))
+    row = pictures.panel(settings.read("eval", []), name, image, Path("made"))
+    for title, value in (("attention u0", 40), ("CAM u_c", 200)):
+        pixels = datasets.read_image(image)
+        assert row[title] == pictures.heat_map(pixels, np.full(pixels.shape[:2], value, np.uint8))
     for pixel, title in enumerate(places):
         found = np.array(row[title])[0]
         assert found[pixel].tolist() == [128, 0, 0] and found.any(1).nonzero()[0].tolist() == [pixel]
     assert np.array(row["Ycrf != Yret"])[0].nonzero()[0].tolist() == [0, 1]
-    assert row["attention u0"] is None and row["CAM u_c"] is None
 
 
 def test_more_heat_is_brighter():

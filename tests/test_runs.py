@@ -48,9 +48,12 @@ def ignores_ctrl_c(folder):
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_every_worker_leaves_ctrl_c_to_its_parent(tmp_path):
+def test_every_worker_leaves_ctrl_c_to_its_parent(tmp_path, request):
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C from its start
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     results = runs.overlap(2, ignores_ctrl_c, [(k, (tmp_path,)) for k in range(2)])
     assert list(results) == [(0, True), (1, True)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_spread():

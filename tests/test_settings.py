@@ -84,6 +84,7 @@ def test_values_that_look_like_numbers_stay_text():
     ("scale=[0, 1]", "train_cls.scale is (0.0, 1.0), not at least 0.01"),
     ("scale=[2, 1]", "train_cls.scale is (2.0, 1.0), not low, high"),
     ("train_seg.dropout=1", "train_seg.dropout is 1.0, not a share under 1"),
+    ("dropout=-0.1", "train_cls.dropout is -0.1, not a share under 1"),
     ("eval.scales=[]", "eval.scales is (), not at least 0.01"),
     ("eval.crf_bilateral=[4, 1e-8, 3]", "not at least 0.1"),
     ("lr=.nan", "train_cls.lr is nan, not a float"),
@@ -151,6 +152,7 @@ def test_help_names_every_setting_once_with_its_default_and_comment(stage, tmp_p
             if field.name != "classes":
                 assert eval(default) == expected
     assert COMMENTS[stage] in sections[0] and "# processes that read images or run the CRF" in sections[2]
+    assert "    # A list is named by its path under ImageSets, such as Main/trainval; a\n" in sections[1]
 
 
 @pytest.mark.parametrize("argument", ["-v", "--seed", "--train_cls.lr=1"])

@@ -118,6 +118,7 @@ def test_metrics_hold_every_number(work):
     scores = json.loads((work / "runs/shapes/labels/scores.json").read_text())
     for line in lines[3:5]:
         assert all(line[kind] == scores[line["split"]][kind]["miou"] for kind in ("box", "Ycrf", "Yret"))
+    assert lines[-1]["miou"] == json.loads((work / "runs/shapes/eval.json").read_text())["val, plain"]["miou"]
 
 
 def test_panels_hold_two_rows(work):
@@ -147,7 +148,8 @@ def test_a_reader_that_has_seen_enough(work):
     read, write = os.pipe()
     os.close(read)
     process = subprocess.Popen([sys.executable, ROOT / "eval.py", *SMALL, "labels=data/shapes/SegmentationClassAug"],
-                               cwd=work, stdout=write, stderr=subprocess.PIPE, text=True)
+                               cwd=work, stdout=write, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONUNBUFFERED": ""})
     os.close(write)
     said = process.stderr.read()
     assert process.wait() == 1 and "scores val" in said and "Pipe" not in said and "Traceback" not in said
@@ -355,12 +357,15 @@ def test_every_loss_trains(spoilt, monkeypatch, loss):
 
 
 def test_a_segmenter_of_another_temperature_predicts_anew(spoilt, monkeypatch):
+    earlier = next(Path("runs/shapes/predictions/plain").glob("*.png"))
+    earlier.write_bytes(b"earlier")
     for script, overwrite in (("train_seg", "true"), ("eval", "false")):
         monkeypatch.setattr(sys, "argv", [
             f"{script}.py", *SMALL, "train_seg.temperature=10", f"run.overwrite={overwrite}"])
         runs.launch(script, __import__(script).main)
     made = json.loads(Path("runs/shapes/predictions/plain/made_with.json").read_text())
     assert made["seg.pt"] == hashlib.sha256(Path("runs/shapes/seg.pt").read_bytes()).hexdigest()[:12]
+    assert earlier.read_bytes() != b"earlier"
 
 
 def test_semi_supervised(spoilt, capsys, monkeypatch):

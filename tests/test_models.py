@@ -249,7 +249,7 @@ def test_bap_refuses_boxes_the_wrong_way_round(wrong, background):
     BAP()(random_features(1, 3, 6, 7), [boxes[0][:1]], (41, 50), background)
 
 
-@pytest.mark.parametrize("shape", [(0,), (2, 5), (2, 1, 4)])
+@pytest.mark.parametrize("shape", [(0,), (4,), (2, 5), (2, 1, 4)])
 def test_bap_refuses_boxes_of_another_shape(shape):
     with pytest.raises(ValueError, match=rf"^boxes are {re.escape(str(shape))}, not \(K, 4\)"):
         BAP()(random_features(1, 3, 5, 5), [torch.zeros(shape)], (40, 40))

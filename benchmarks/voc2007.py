@@ -3,7 +3,7 @@ thread each.
 
     python benchmarks/voc2007.py STUDY [data.root=FOLDER] [key=value ...]
 
-In the environment, SEEDS="0" makes one seed of three, and JOBS=4 runs four
+In the environment, SEEDS="0" makes one seed alone, and JOBS=4 runs four
 trainings at a time, for a GPU (with run.workers=4). STUDY is one of
 
     queries      the least background that makes a query of BAP: any, half a
@@ -16,7 +16,8 @@ trainings at a time, for a GPU (with run.workers=4). STUDY is one of
     segmenters   losses and labels of stage 3, three seeds: needs the labels
     improved     NAL and cross-entropy on labels with what unaries.py chose,
                  three seeds: needs the labels
-    nal          NAL and cross-entropy, five seeds more: needs the labels
+    nal          NAL, cross-entropy and agreement alone, five seeds more, on
+                 the labels of seed mod 3: needs these
     evaluation   details of the final evaluation, of the segmenter nal_0
 
 Each run is the scripts' own, runs/voc2007_NAME, with all they print in its
@@ -35,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ("queries", "length", "seg_length", "labels", "segmenters",
            "improved", "nal", "evaluation")
 JOBS = int(os.environ.get("JOBS", 2))  # runs at a time
-SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "0 1 2").split()]
-MORE_SEEDS = 3, 4, 5, 6, 7  # of segmenters, on the labels of seed mod 3
+SEEDS, MORE_SEEDS = ([int(seed) for seed in os.environ.get("SEEDS", s).split()]
+                     for s in ("0 1 2", "3 4 5 6 7"))
 # Choices are made with networks that never saw the list they are scored on.
 APART = ["data.train=Main/train", "data.val=Segmentation/val"]
 CHOOSE = [*APART, "make_labels.splits=[Segmentation/val]"]
@@ -164,7 +165,8 @@ def segmenters(name):
             labels += [*IMPROVED, weights_of(classifier)]
         rows = losses_and_labels(classifier + kind)
         if name != "segmenters":
-            rows = {row: rows[row] for row in ("nal", "crf")}
+            rows = {row: rows[row] for row in (
+                ("nal", "crf", "agree") if name == "nal" else ("nal", "crf"))}
         groups.append((classifier + kind, labels, {
             f"{row}_{seed}{kind}": [f"run.seed={seed}", *changes]
             for row, changes in rows.items()}))

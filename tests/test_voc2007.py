@@ -105,14 +105,22 @@ def test_choices_are_made_apart_from_what_is_reported(voc2007):
 
 
 def test_seeds_of_the_environment(monkeypatch):
-    """One seed may be made without the others; the study of more seeds keeps its own."""
+    """One seed may be made without the others."""
     monkeypatch.setenv("SEEDS", "0 2")
     spec = importlib.util.spec_from_file_location("anew", ROOT / "benchmarks/voc2007.py")
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
     assert [run for run, *_ in study.study("labels")] == ["gap_0", "bap_0", "gap_2", "bap_2"]
     assert [labels for labels, *_ in study.segmenters("improved")] == ["bap_0_improved", "bap_2_improved"]
-    assert [labels for labels, *_ in study.segmenters("nal")] == ["bap_0", "bap_1", "bap_2", "bap_0", "bap_1"]
+    assert [list(rows) for *_, rows in study.segmenters("nal")] == [
+        ["nal_0", "crf_0", "agree_0"], ["nal_2", "crf_2", "agree_2"]]
+
+
+def test_more_seeds_of_segmenters_learn_from_three_of_labels(voc2007):
+    labels, _, rows = zip(*voc2007.segmenters("nal"))
+    assert labels == ("bap_0", "bap_1", "bap_2", "bap_0", "bap_1")
+    settings = rows[4]["agree_7"]
+    assert settings[0] == "run.seed=7" and "runs/voc2007_bap_1/labels/Ycrf" in settings[1]
 
 
 def test_evaluation_study(voc2007, folder, capsys):

@@ -73,7 +73,6 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
         runs.write_settings(config, script)
         if not done:
             best.unlink(missing_ok=True)  # of an earlier training
-            runs.log(config, script, 0)  # where curves.png begins
     if config.run.compile:
         network.backbone.compile()
     # DDP has no device_ids: they would make it move the boxes to the GPU,
@@ -90,6 +89,8 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
                         initial=done, total=s.iterations)
     unread = []  # (iteration, ids, values) that have not left the device
     for iteration, batch in enumerate(progress, done + 1):
+        if iteration == 1:
+            runs.log(config, script, 0)  # where curves.png begins
         batch["image"] = batch["image"].to(
             config.device, non_blocking=True,
             memory_format=torch.channels_last)

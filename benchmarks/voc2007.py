@@ -36,8 +36,15 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ("queries", "length", "seg_length", "labels", "segmenters",
            "improved", "nal", "evaluation")
 JOBS = int(os.environ.get("JOBS", 2))  # runs at a time
-SEEDS, MORE_SEEDS = ([int(seed) for seed in os.environ.get("SEEDS", s).split()]
-                     for s in ("0 1 2", "3 4 5 6 7"))
+
+
+def seeds(default):
+    return [int(seed) for seed in os.environ.get("SEEDS", default).split()]
+
+
+SEEDS = seeds("0 1 2")
+MORE_SEEDS = seeds("3 4 5 6 7")  # of segmenters, on the labels of seed mod 3
+LOSSES = {"improved": ["nal", "crf"], "nal": ["nal", "crf", "agree"]}
 # Choices are made with networks that never saw the list they are scored on.
 APART = ["data.train=Main/train", "data.val=Segmentation/val"]
 CHOOSE = [*APART, "make_labels.splits=[Segmentation/val]"]
@@ -164,12 +171,9 @@ def segmenters(name):
         if kind:
             labels += [*IMPROVED, weights_of(classifier)]
         rows = losses_and_labels(classifier + kind)
-        if name != "segmenters":
-            rows = {row: rows[row] for row in (
-                ("nal", "crf", "agree") if name == "nal" else ("nal", "crf"))}
         groups.append((classifier + kind, labels, {
-            f"{row}_{seed}{kind}": [f"run.seed={seed}", *changes]
-            for row, changes in rows.items()}))
+            f"{row}_{seed}{kind}": [f"run.seed={seed}", *rows[row]]
+            for row in LOSSES.get(name, rows)}))
     return groups
 
 

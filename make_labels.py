@@ -8,9 +8,10 @@ to runs/NAME/labels, for the lists of make_labels.splits (by default data.train
 and data.val): Ycrf/ID.png, Yret/ID.png and box/ID.png (whole boxes as labels,
 the baseline); scores.json, over the images that have a true mask; and for a
 few images u0/ID.png and cam/ID.png, the highest u_c of each pixel, before the
-CRF. Images whose labels exist are skipped.
+CRF. Images whose labels exist are skipped; boxes.json says of which boxes.
 """
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from crf import dense_crf
 from settings import MakeLabels
 
 KINDS = "box", "Ycrf", "Yret"  # of labels, each a folder
+HEAT = "u0", "cam"  # of pictures beside them, likewise
 
 
 class Unaries(NamedTuple):
@@ -211,6 +213,26 @@ def heat(u: Unaries) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in grey]
 
 
+def discard_changed(folder: Path,
+                    lists: Iterable[datasets.VOCDataset]) -> None:
+    """Removes the labels of images whose boxes are no longer those that made
+    them, which boxes.json remembers by a hash.
+    """
+    path = folder / "boxes.json"
+    before = runs.read_json(path)
+    now = {}
+    for dataset in lists:
+        for name, (boxes, labels) in (dataset.annotations or {}).items():
+            content = boxes.tobytes() + labels.tobytes()
+            now[name] = hashlib.sha256(content).hexdigest()[:12]
+    for name in now.keys() & before.keys():
+        if now[name] != before[name]:
+            for kind in (*KINDS, *HEAT):
+                (folder / kind / f"{name}.png").unlink(missing_ok=True)
+    if before | now != before:
+        runs.write_json(path, before | now)
+
+
 def label_split(config: SimpleNamespace, network: models.BoxClassifier,
                 split: str, dataset: datasets.VOCDataset) -> None:
     """Writes the labels of one list's images, where they are missing."""
@@ -218,7 +240,7 @@ def label_split(config: SimpleNamespace, network: models.BoxClassifier,
     pictured = set(runs.spread(dataset.ids, s.pictures))
 
     def files(name):
-        kinds = (*KINDS, "u0", "cam") if name in pictured else KINDS
+        kinds = (*KINDS, *HEAT) if name in pictured else KINDS
         return [folder / kind / f"{name}.png" for kind in kinds]
 
     samples = runs.samples_left(
@@ -283,6 +305,9 @@ def main(config: SimpleNamespace) -> None:
     made_with = runs.settings_of(config, "make_labels", without=without)
     runs.discard_outdated(config, config.path / "labels", "make_labels",
                           made_with, Path(s.weights or config.path / "cls.pt"))
+    if runs.rank() == 0:
+        discard_changed(config.path / "labels", lists.values())
+    runs.barrier()
     for split, dataset in lists.items():
         label_split(config, network, split, dataset)
         runs.barrier()

@@ -48,8 +48,9 @@ def test_every_file_is_there(work):
     labels = {f"labels/{kind}/{name}.png" for kind in ("box", "Ycrf", "Yret", "u0", "cam")
               for name in ids["train"] + ids["val"]}
     predictions = {f"predictions/plain/{name}.png" for name in ids["val"]}
-    others = {"cls.pt", "labels/made_with.json", "labels/scores.json", "seg.pt", "predictions/plain/made_with.json",
-              "eval.json", "metrics.jsonl", "settings.yaml", "index.md", "lock", "panels.png", "curves.png"}
+    others = {"cls.pt", "labels/made_with.json", "labels/boxes.json", "labels/scores.json", "seg.pt",
+              "predictions/plain/made_with.json", "eval.json", "metrics.jsonl", "settings.yaml", "index.md", "lock",
+              "panels.png", "curves.png"}
     assert names == labels | predictions | others
     index = (run / "index.md").read_text(encoding="utf-8")
     for name in names:
@@ -424,3 +425,28 @@ def test_labels_remember_the_settings_that_made_them(spoilt, capsys, monkeypatch
     runs.launch("make_labels", make_labels.main)
     line = refused("make_labels", capsys, monkeypatch, "unary=logits", "logit_scale=0.3")
     assert "make_labels.unary 'attention' -> 'logits'" in line and "make_labels.logit_scale None -> 0.3" in line
+
+
+def test_labels_of_corrected_boxes_are_made_again(spoilt, capsys, monkeypatch):
+    """One image's, of every kind; the others stay. A start that ends while it removes them loses nothing."""
+    import make_labels
+    monkeypatch.setattr(sys, "argv", ["make_labels.py", *SMALL])
+    folder, name = Path("runs/shapes/labels"), datasets.read_list("data/shapes", "val")[1]
+    files = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    xml = Path(XML.format(name))
+    text = re.sub(r"<object>.*</object>", "", xml.read_text(), flags=re.S)
+    box = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>40</xmax><ymax>60</ymax></bndbox>"
+    xml.write_text(text.replace("</annotation>", f"<object><name>{SHAPES[2]}</name>{box}</object></annotation>"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runs.launch("make_labels", make_labels.main)
+    for path in folder.rglob("*.png"):
+        os.utime(path, (1, 1))
+    runs.launch("make_labels", make_labels.main)
+    again = {path for path in folder.rglob("*.png") if path.stat().st_mtime > 1}
+    assert again == {folder / f"{kind}/{name}.png" for kind in ("box", "Ycrf", "Yret", "u0", "cam")}
+    assert all(path.read_bytes() == files[path] for path in files.keys() - again)
+    filled = np.array(Image.open(folder / f"box/{name}.png"))
+    assert (filled[20:60, 10:40] == 3).all() and (filled > 0).sum() == 40 * 30
+    assert set(np.unique(np.array(Image.open(folder / f"Ycrf/{name}.png")))) <= {0, 3}

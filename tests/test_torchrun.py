@@ -188,7 +188,7 @@ def begin(folder, *arguments):
 def test_a_rank_that_dies_is_named(tmp_path, monkeypatch, dead):
     """Killed as the kernel kills what takes too much memory: a line says which, and the checkpoint stays. torchrun
     looks so seldom here that the other rank, which loses it, could end before and be blamed."""
-    monkeypatch.setenv("PET_MONITOR_INTERVAL", "2")
+    monkeypatch.setenv("PET_MONITOR_INTERVAL", "1")
     make_shapes(tmp_path / "data/shapes", train=8, val=5)
     process = begin(tmp_path, "train_cls", 2, "train_cls.iterations=100000", "run.save_every=2")
     os.kill(ranks_of(process.pid)[dead], signal.SIGKILL)

@@ -10,7 +10,6 @@ the baseline); scores.json, over the images that have a true mask; and for a
 few images u0/ID.png and cam/ID.png, the highest u_c of each pixel, before the
 CRF. Images whose labels exist are skipped; boxes.json says of which boxes.
 """
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,18 +214,15 @@ def heat(u: Unaries) -> list[Image.Image]:
 
 def discard_changed(folder: Path,
                     lists: Iterable[datasets.VOCDataset]) -> None:
-    """Removes the labels of images whose boxes are no longer those that made
-    them, which boxes.json remembers by a hash.
+    """Removes the labels of images whose annotation is no longer the one that
+    made them, which boxes.json remembers by its digest.
     """
     path = folder / "boxes.json"
     before = runs.read_json(path)
-    now = {}
-    for dataset in lists:
-        for name, (boxes, labels) in (dataset.annotations or {}).items():
-            content = boxes.tobytes() + labels.tobytes()
-            now[name] = hashlib.sha256(content).hexdigest()[:12]
-    for name in now.keys() & before.keys():
-        if now[name] != before[name]:
+    now = {name: runs.digest(dataset.root / f"Annotations/{name}.xml")
+           for dataset in lists for name in dataset.ids}
+    for name in now:
+        if before.get(name, now[name]) != now[name]:
             for kind in (*KINDS, *HEAT):
                 (folder / kind / f"{name}.png").unlink(missing_ok=True)
     if before | now != before:

@@ -2,6 +2,7 @@
 
 The commands run as they stand; only settings that make them quick come after them.
 """
+import functools
 import json
 import re
 import runpy
@@ -164,24 +165,87 @@ PAPER = {  # rows of the first table -> the paper's numbers, and those of its re
     "NAL, 422 true masks (paper: 1,464) and other images' boxes": ("- / 70.5", "")}
 
 
+@functools.cache
+def published():
+    """The files of each run, as docs/voc2007 keeps them."""
+    ran = {}
+    for path in sorted((ROOT / "docs/voc2007").glob("*.json")):
+        ran |= json.loads(path.read_text())
+    return ran
+
+
+def labels_of(run, kind, split="test"):
+    """The scores of a run's labels; None where there is no such run."""
+    files = published().get(f"voc2007_{run}")
+    return files and files["labels/scores.json"][f"Segmentation/{split}"][kind]
+
+
+def segmenter_of(run, method):
+    """Likewise of a segmenter, plain or final."""
+    results = published().get(f"voc2007_{run}", {}).get("eval.json", {})
+    return next((scores for key, scores in results.items() if key.startswith("Segmentation/test, ")
+                 and ("CRF" in key) == (method == "final")), None)
+
+
+def cell(scores):
+    return f"{scores['miou']:.1f}" if scores else ""
+
+
 def test_the_first_table_is_what_the_runs_say():
     """Its last two columns, seeds 0 and 1; a cell is empty where there is no such run."""
     assert "| paper, VOC 2012 val | replication [R] | here, VOC 2007 test, seed 0 | seed 1 |\n" in README
-    ran = {}
-    for name in "labels", "segmenters", "improved":
-        ran |= json.loads((ROOT / f"docs/voc2007/{name}.json").read_text())
 
     def score(kind, name, seed):
         if kind == "segmenter":
-            results = ran.get(f"voc2007_{SEGMENTERS[name]}".format(seed), {}).get("eval.json", {}).items()
-            plain = [r["miou"] for key, r in results if key == "Segmentation/test, plain"]
-            final = [r["miou"] for key, r in results if key.endswith("scales 0.5 0.75 1 1.5 + flip + CRF")]
-            return " / ".join(f"{miou:.1f}" for miou in plain + final)
+            run = SEGMENTERS[name].format(seed)
+            return " / ".join(filter(None, (cell(segmenter_of(run, method)) for method in ("plain", "final"))))
         run, of = LABELS[name]
-        return f"{ran[f'voc2007_{run}'.format(seed)]['labels/scores.json']['Segmentation/test'][of]['miou']:.1f}"
+        return cell(labels_of(run.format(seed), of))
 
     rows = re.findall(r"^\| (labels|segmenter):? (.+?)" + r" \|([-\d./ ]*)" * 4 + r"\|$", README, re.M)
     assert [row[1] for row in rows] == [*LABELS, *SEGMENTERS]
     for kind, name, *cells in rows:
         here = [score(kind, name, seed) for seed in (0, 1)]
-        assert [cell.strip() for cell in cells] == [*PAPER.get(name, ("", "")), *here], name
+        assert [text.strip() for text in cells] == [*PAPER.get(name, ("", "")), *here], name
+
+
+def table(head):
+    """The cells of a table of docs/results.md, without the rows' names."""
+    rows = (ROOT / "docs/results.md").read_text().split(f"\n{head}", 1)[1].split("\n\n")[0].splitlines()[2:]
+    return [[text.strip() for text in row.strip("|").split("|")][1:] for row in rows]
+
+
+def of_seeds(scores):
+    """58.9, -, 57.6: of each seed up to the last that has been trained."""
+    cells = [cell(of_seed) for of_seed in scores]
+    while not cells[-1]:
+        cells.pop()
+    return ", ".join(text or "-" for text in cells)
+
+
+def test_the_labels_of_results_are_what_the_runs_say():
+    rows = [("gap_{}", "Ycrf"), ("gap_{}", "Yret"), ("bap_{}_nou0", "Ycrf"), ("bap_{}_nothing", "Ycrf"),
+            ("bap_{}", "Ycrf"), ("bap_{}", "Yret"), ("bap_{}_improved", "Ycrf"), ("gap_{}_improved", "Ycrf")]
+    boxes, *found = table("| labels | seen | unseen | paper |")
+    assert boxes[:2] == [cell(labels_of("gap_0", "box", split)) for split in ("trainval", "test")]
+    assert [row[:2] for row in found] == [
+        [of_seeds([labels_of(run.format(seed), kind, split) for seed in range(3)]) for split in ("trainval", "test")]
+        for run, kind in rows]
+
+
+def test_the_segmenters_of_results_are_what_the_runs_say():
+    runs = [*(f"{row}_{{}}" for row in ("nal", "crf", "ret", "agree", "boxes", "masks", "masks_and_boxes")),
+            "nal_{}_improved", "crf_{}_improved"]
+    assert [row[:2] for row in table("| learns from | plain | final |")] == [
+        [of_seeds([segmenter_of(run.format(seed), method) for seed in range(3)]) for method in ("plain", "final")]
+        for run in runs]
+
+
+def test_the_classes_of_results_are_what_the_runs_say():
+    kinds = [("gap_0", "box"), ("gap_0", "Ycrf"), ("bap_0", "Ycrf"), ("bap_0_improved", "Ycrf"), ("bap_0", "Yret")]
+    runs = ("nal_0", "nal_0_improved", "crf_0", "crf_0_improved", "ret_0", "boxes_0", "masks_0", "masks_and_boxes_0")
+    tables = {"| IoU, % | whole boxes |": [labels_of(*kind) for kind in kinds]} | {
+        f"| IoU, %, {method} | NAL |": [segmenter_of(run, method) for run in runs] for method in ("plain", "final")}
+    for head, columns in tables.items():
+        expected = [[f"{scores['iou'][name]:.1f}" for scores in columns] for name in columns[0]["iou"]]
+        assert table(head) == [*expected, [cell(scores) for scores in columns]]

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
     "horse motorbike person pottedplant sheep sofa train tvmonitor".split())
 
+with suppress(ImportError):  # photographs of many phones
+    from pillow_heif import register_heif_opener
+    register_heif_opener()
 
 # What Pillow raises for a broken file.
 BROKEN_IMAGE = (
@@ -100,7 +103,8 @@ def open_image(path: PathLike, see: Callable[[Image.Image], Any]) -> Any:
         if isinstance(error, OSError) and error.errno:
             raise  # the machine's fault: errors of decoding have no number
         reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())
-        if str(path).lower().endswith((".heic", ".heif")):
+        heic = str(path).lower().endswith((".heic", ".heif"))
+        if heic and ".heic" not in Image.registered_extensions():
             reason = "HEIC needs pillow-heif: pip install pillow-heif"
         raise DataError(f"{path}: broken image ({reason})") from None
 
@@ -311,8 +315,7 @@ class VOCDataset(torch.utils.data.Dataset):
             _check_files("mask", paths)
         self.annotations: dict | None = None
         if boxes:
-            folder = self.root / "Annotations"
-            files = [folder / f"{name}.xml" for name in self.ids]
+            files = list(map(self.annotation_path, self.ids))
             _check_files("annotation", files)
             self.annotations, self._sizes = {}, {}
             for name, file in zip(self.ids, files):
@@ -326,6 +329,9 @@ class VOCDataset(torch.utils.data.Dataset):
         folders = exact if name in self.exact else self.mask_folders
         return [folder / f"{name}.png" for folder in folders]
 
+    def annotation_path(self, name: str) -> Path:
+        return self.root / f"Annotations/{name}.xml"
+
     def __len__(self):
         return len(self.ids)
 
@@ -337,8 +343,7 @@ class VOCDataset(torch.utils.data.Dataset):
         sample = {"id": name, "image": tv_tensors.Image(pixels)}
         if self.annotations is not None:
             boxes, labels = map(torch.tensor, self.annotations[name])
-            file = self.root / f"Annotations/{name}.xml"
-            _check_size(file, self._sizes[name], size)
+            _check_size(self.annotation_path(name), self._sizes[name], size)
             sample["boxes"] = tv_tensors.BoundingBoxes(
                 boxes, format="XYXY", canvas_size=size)
             sample["labels"] = labels
@@ -441,7 +446,9 @@ def training_transform(
         jitter: float = 0.5) -> Callable[[dict], dict]:
     """Scale, pad with the RGB colour `fill` (0..255) and masks with 255, crop,
     flip, jitter brightness, contrast and saturation, in that order."""
-    fills = {tv_tensors.Image: list(fill), tv_tensors.Mask: VOID}
+    # The others, boxes, take a colour as well, and have no use for it.
+    fills: dict = {tv_tensors.Image: list(fill), tv_tensors.Mask: VOID,
+                   "others": 0}
     return v2.Compose([
         partial(random_scale, scale=scale),
         partial(pad_to, crop=crop, fill=fills),

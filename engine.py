@@ -91,8 +91,7 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     for iteration, batch in enumerate(progress, done + 1):
         if iteration == 1:
             runs.log(config, script, 0)  # where curves.png begins
-        batch["image"] = batch["image"].to(
-            config.device, non_blocking=True,
+        batch["image"] = models.upload(batch["image"], config.device).to(
             memory_format=torch.channels_last)
         with autocast(config):
             values = objective(model, batch)
@@ -312,6 +311,9 @@ def validate(config: SimpleNamespace, network: models.Network,
     """
     names = ["background", *config.data.classes]
     matrix = np.zeros((len(names), len(names) + 1), np.int64)
+    if dist.is_initialized():  # the checkpoint has rank 0's statistics
+        for statistic in network.buffers():
+            dist.broadcast(statistic, 0)
     network.eval()
     for index in runs.of_this_rank(len(val)):
         sample = val[index]

@@ -10,6 +10,7 @@ runs/NAME/eval.json, predictions/METHOD/ID.png and what pictures.py draws; of
 photographs, pictures/METHOD/ID.png and ID_overlay.png.
 """
 import glob
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +114,7 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
         for sample in samples:
             if "fault" in sample:
                 (folder / f"{sample['id']}.png").unlink(missing_ok=True)
-                print(f"skipped: {sample['fault']}")
+                samples.write(f"skipped: {sample['fault']}", sys.stderr)
                 continue
             image = sample["image"].as_subclass(torch.Tensor)
             with engine.autocast(config):

@@ -9,7 +9,7 @@ assert spec and spec.loader
 models = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(models)
 
-dependencies = ["torch", "torchvision", "timm"]
+dependencies = ["torch", "torchvision"]  # and timm, for some files
 WEIGHTS = Path(__file__).parent / "weights"
 
 

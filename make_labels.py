@@ -219,7 +219,7 @@ def discard_changed(folder: Path,
     """
     path = folder / "boxes.json"
     before = runs.read_json(path)
-    now = {name: runs.digest(dataset.root / f"Annotations/{name}.xml")
+    now = {name: runs.digest(dataset.annotation_path(name))
            for dataset in lists for name in dataset.ids}
     for name in now:
         if before.get(name, now[name]) != now[name]:

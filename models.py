@@ -106,8 +106,12 @@ def coverage(intervals, pixels, cells):
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it, which takes pinned memory."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    """To the device; to a GPU without waiting for it, which takes pinned
+    memory (except in a compiled graph, which cannot pin).
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -451,11 +455,11 @@ def timm_backbone(name, source, state):
     except ImportError:
         raise WeightsError(
             f"backbone timm/{name} needs timm: pip install timm") from None
-    except (RuntimeError, ValueError, TypeError, LookupError,
-            OSError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, OSError,
+            AssertionError) as error:
         if getattr(error, "errno", None):
             raise  # a fault of the machine; without a network there is none
-        words = " ".join(str(error).split())
+        words = " ".join(str(error).split()) or "timm cannot make it"
         raise WeightsError(f"backbone timm/{name}: {words}") from None
     with torch.no_grad():
         cells = module.eval()(torch.zeros(1, 3, 65, 65))[0].shape[2:]

@@ -58,20 +58,25 @@ def heat_map(image: np.ndarray, heat: np.ndarray) -> Image.Image:
 def write_overlays(paths: dict[str, Path], folder: Path,
                    classes: Sequence[str]) -> None:
     """ID_overlay.png beside each ID.png: the photograph, with the labels'
-    colours over the objects. classes: the names of labels 1, 2, ...
+    colours over the objects; none where there is no ID.png. classes: the
+    names of labels 1, 2, ...
     """
-    written = [name for name in paths if (folder / f"{name}.png").exists()]
-    for name in written:
+    written = 0
+    for name in paths:
+        file = f"{name}_overlay"
+        while file in paths:  # another photograph's labels are called so
+            file += "_"
+        (folder / f"{file}.png").unlink(missing_ok=True)  # of an earlier one
+        if not (folder / f"{name}.png").exists():
+            continue
         image = datasets.read_image(paths[name])
         labels = datasets.read_mask(folder / f"{name}.png", datasets.VOID)
         mixed = image // 2 + datasets.palette()[labels] // 2
         overlay = np.where(labels[..., None] > 0, mixed, image)
-        file = f"{name}_overlay"
-        while file in paths:  # another photograph's labels are called so
-            file += "_"
         datasets.write(folder / f"{file}.png",
                        datasets.png(Image.fromarray(overlay)))
-    print(f"{folder}: labels and overlays of {len(written)} photographs, "
+        written += 1
+    print(f"{folder}: labels and overlays of {written} photographs, "
           f"{', '.join(f'{k} {name}' for k, name in enumerate(classes, 1))}")
 
 

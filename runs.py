@@ -60,9 +60,12 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
         print(settings.help_text(script))
         return
     sys.excepthook = end_with_traceback
+    # On Windows, a file or a pipe cannot hold every name.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
     try:
         config = settings.read(script, arguments)
-        config.device = join_processes(find_device(config.run.device))
+        config.device = find_device(config.run.device)
+        join_processes(config.device)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -137,8 +140,16 @@ def write_shapes(config: SimpleNamespace, arguments: list[str]) -> None:
 
 
 def find_device(name: str) -> torch.device:
+    """Of this process: under torchrun, each has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK") or 0)
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise UsageError(f"local rank {local} has no GPU of its own: "
+                             f"torchrun's --nproc-per-node is {gpus} at most")
+        torch.cuda.set_device(local)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
@@ -188,29 +199,22 @@ def spread(items: Sequence, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def join_processes(device: torch.device) -> torch.device:
-    """Under torchrun: joins the other ranks. Returns this one's device."""
+def join_processes(device: torch.device) -> None:
+    """Under torchrun: joins the other ranks."""
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return device
+        return
     if not {"RANK", "LOCAL_RANK"} <= set(os.environ):
         raise UsageError("WORLD_SIZE is set, but not RANK and LOCAL_RANK: "
                          "start several processes with torchrun")
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise UsageError(f"local rank {local} has no GPU of its own: "
-                             f"torchrun's --nproc-per-node is {gpus} at most")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     # One rank may be hours ahead of another, while labels are made. A rank
     # that dies is noticed by torchrun at once.
     dist.init_process_group("nccl" if on_gpu else "gloo",
                             timeout=timedelta(hours=2),
                             device_id=device if on_gpu else None)
     if rank():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return device
+        sys.stdout = open(os.devnull, "w", encoding="utf-8",
+                          errors="backslashreplace")
 
 
 # ------------------------------------------------------- files under runs/NAME
@@ -220,7 +224,8 @@ def hold(config: SimpleNamespace) -> None:
     runs/NAME/lock; the system drops it when this process ends or is killed.
     """
     config.path.mkdir(parents=True, exist_ok=True)
-    file = open(config.path / "lock", "a+", encoding="utf-8")
+    file = open(config.path / "lock", "a+", encoding="utf-8",
+                errors="backslashreplace")
     try:
         lock(file)
     except (BlockingIOError, PermissionError):
@@ -240,8 +245,9 @@ def lock(file: IO) -> None:
     ends with this process."""
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:  # Windows: a byte from here on, which none can read
         import msvcrt
+        os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore
     else:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -280,10 +286,11 @@ def save(path: Path, content: dict) -> None:
 
 
 def digest(*paths: Path) -> str | None:
-    """A hash of the files' content; None where the first is no file. Of a
-    file of weights: as it was when it was read, since it may be another now.
+    """A hash of the files' content; None of no paths, or where the first is
+    no file. Of a file of weights: as it was when it was read, since it may be
+    another now.
     """
-    if not paths[0].is_file():
+    if not paths or not paths[0].is_file():
         return None
     read = models.READ.get(os.path.abspath(paths[0]))
     if read:

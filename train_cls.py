@@ -62,8 +62,7 @@ def main(config: SimpleNamespace) -> None:
             s.crop, network.fill, s.scale, s.jitter))
 
     def inputs():
-        files = [Path(data.root, "Annotations", f"{name}.xml")
-                 for name in dataset.ids]  # in the order of the list
+        files = map(dataset.annotation_path, dataset.ids)
         return {"content of boxes": runs.digest(*files),
                 "weights file": runs.digest(Path(s.weights))}
 

@@ -108,7 +108,7 @@ def main(config: SimpleNamespace) -> None:
         refuse_empty_labels(dataset)
 
     def objective(network, batch):
-        labels = batch["masks"].to(batch["image"].device, non_blocking=True)
+        labels = models.upload(batch["masks"], batch["image"].device)
         y_crf, y_ret = labels[:, 0], labels[:, -1]
         cosine = network(batch["image"])
         return {"loss": segmentation_loss(s, cosine, y_crf, y_ret)}
@@ -116,7 +116,9 @@ def main(config: SimpleNamespace) -> None:
     def inputs():
         files = [path for name in dataset.ids
                  for path in dataset.mask_paths(name)]
+        boxes = map(dataset.annotation_path, dataset.ids if s.balance else ())
         return {"data.masks": data.masks,
+                "content of boxes": runs.digest(*boxes),
                 "content of labels": runs.digest(*files),
                 "weights file": runs.digest(Path(weights))}
 

@@ -193,6 +193,13 @@ def test_images_may_end_in_jpg_jpeg_or_png_in_any_case(small):
     assert datasets.find_images(small, "train") == expected
 
 
+def test_photographs_of_phones_are_read(tmp_path):
+    pytest.importorskip("pillow_heif", reason="needs pillow-heif")
+    pixels = np.full((40, 60, 3), (200, 90, 30), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.HEIC", quality=95)
+    assert np.abs(datasets.read_image(tmp_path / "a.HEIC").astype(int) - pixels).max() < 9
+
+
 def test_a_list_may_come_from_windows(small):
     text = "\ufeffa\r\nc \r\n\r\n"
     (small / LIST).write_bytes(text.encode())

@@ -193,7 +193,7 @@ def test_a_folder_of_photographs(work, tmp_path):
     source.resize((30, 20)).save(folder / "long_overlay.png")
     done = command("eval", "images=[photos]", "max_side=100", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "skipped: [photos]/notes.txt" in done.stdout
+    assert "skipped: [photos]/notes.txt" in done.stderr
     results = tmp_path / "runs/shapes/pictures/plain"
     for name, size in {"long": (200, 100), "turned": (60, 80)}.items():
         for ending in ("", "_overlay" if name != "long" else "_overlay_"):
@@ -202,7 +202,7 @@ def test_a_folder_of_photographs(work, tmp_path):
     (folder / "turned.jpg").write_bytes(b"no image any more")
     done = command("eval", "images=[photos]", "max_side=90", cwd=tmp_path)
     assert done.returncode == 0 and "labels and overlays of 2 photographs" in done.stdout, done.stderr
-    assert not (results / "turned.png").exists()
+    assert not (results / "turned.png").exists() and not (results / "turned_overlay.png").exists()
 
 
 def test_a_list_is_scored_on_the_images_that_have_a_mask(work, tmp_path):

@@ -77,6 +77,17 @@ def test_bap(on_gpu, device, waits):
     assert found == waits
 
 
+def test_bap_is_exported_with_features_on_a_gpu():
+    """Boxes and background on the CPU; a graph cannot pin memory."""
+    features, boxes, image_size, background = pooling_case()
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        here = torch.empty(features.shape, device="cuda")
+        *boxes, background = [torch.empty(tensor.shape) for tensor in (*boxes, background)]
+    program = torch.export.export(BAP(), (here, boxes, image_size, background))
+    *_, output = program.graph.nodes
+    assert all(node.meta["val"].device.type == "cuda" for node in output.args[0])
+
+
 @pytest.mark.parametrize("pooling", [BAP(), BAP(min_background=1.0)])
 def test_the_classifiers_losses_wait_for_nothing(on_gpu, pooling):
     boxes = [torch.tensor([[3.0, 4, 40, 50], [10, 10, 30, 60]]), torch.zeros(0, 4)]

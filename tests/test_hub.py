@@ -18,8 +18,8 @@ from tools.shapes import SHAPES, make_shapes
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """hub(name, ...): of a folder that holds no more than what hubconf.py needs."""
-    pytest.importorskip("timm")
+    """hub(name, ...): of a folder that holds no more than what hubconf.py needs, and without timm."""
+    monkeypatch.setitem(sys.modules, "timm", None)
     for name in ("hubconf.py", "models.py"):
         shutil.copy(ROOT / name, tmp_path)
     return lambda *arguments: torch.hub.load(str(tmp_path), *arguments, source="local")
@@ -69,14 +69,15 @@ def test_a_published_network_labels_and_segments_under_any_settings(tmp_path):
     for name, network in networks.items():
         torch.nn.init.normal_(network.classifier.weight)
         described = dict(kind=type(network).__name__, backbone="vgg16_bn", width=0.0625)
-        torch.save(dict(model=network.state_dict(), classes=list(SHAPES), network=described, settings={"a": "b"}),
-                   tmp_path / f"{name}.pt")
+        torch.save(dict(model=network.state_dict(), classes=list(SHAPES), network=described,
+                        settings={"train_seg.temperature": 5.0, "data.root": "/somewhere"}), tmp_path / f"{name}.pt")
         subprocess.run([sys.executable, ROOT / "tools/half.py", f"{name}.pt", f"half/{name}.pth"], cwd=tmp_path,
                        check=True)
         with zipfile.ZipFile(tmp_path / f"half/{name}.pth") as archive:
             assert {item.compress_type for item in archive.infolist()} == {zipfile.ZIP_DEFLATED}
         content = torch.load(tmp_path / f"half/{name}.pth")
-        assert set(content) == {"network", "classes", "model"}
+        assert set(content) == {"network", "classes", "model", "settings"}
+        assert content["settings"] == {"train_seg.temperature": 5.0}
         for key, value in content["model"].items():
             whole = network.state_dict()[key]
             rounded = whole.bfloat16().half() if whole.is_floating_point() else whole

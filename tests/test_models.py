@@ -864,10 +864,12 @@ def test_what_timm_raises_is_the_users_fault_or_the_machines(monkeypatch):
         monkeypatch.setattr(timm, "create_model", create_model)
         DeepLab(3, backbone="timm/tf_efficientnet_lite0")
 
-    for fault in (RuntimeError("no such\n stride"), FileNotFoundError("no such\n hub")):
+    for fault in (RuntimeError("no such\n stride"), FileNotFoundError("no such\n hub"), AssertionError("no such")):
         with pytest.raises(WeightsError) as error:
             build(fault)
         one_line(error, "timm/tf_efficientnet_lite0: no such")
+    with pytest.raises(WeightsError, match="timm/tf_efficientnet_lite0: timm cannot make it"):
+        build(AssertionError())  # such as `assert output_stride == 32`
     with pytest.raises(OSError, match="No space left"):
         build(OSError(28, "No space left on device"))
 

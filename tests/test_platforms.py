@@ -59,6 +59,14 @@ def test_another_default_encoding_is_noticed(tmp_path):
     assert "EncodingWarning" in done.stderr
 
 
+def test_output_that_cannot_hold_a_name(tmp_path):
+    """On Windows, a pipe or a file holds cp1252."""
+    shapes(tmp_path)
+    done = command("eval", "labels=data/shapes/SegmentationClassAug", "split=val",
+                   "data.classes=[条, 环, 十, 月, 角, 波]", cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0 and "\\u6761 " in done.stdout, done.stderr
+
+
 def has_private_mounts():
     return shutil.which("unshare") and subprocess.run(
         ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode == 0

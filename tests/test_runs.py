@@ -68,6 +68,27 @@ def opened(tmp_path, made_with=None, overwrite=False):
                           made_with or {"a.b": 1}, tmp_path / "cls.pt")
 
 
+def test_a_run_is_held_by_one_process_on_windows(tmp_path, monkeypatch):
+    """There a lock is of bytes from the file's position on, which nobody else can read. The command may name files in
+    bytes that are no text."""
+    taken = []
+
+    def take(file, *_):
+        position = os.lseek(file, 0, os.SEEK_CUR)
+        if position in taken:
+            raise PermissionError(13, "Permission denied")
+        taken.append(position)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=take, LK_NBLCK=2))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "images=caf\udce9.jpg"])
+    config = SimpleNamespace(path=tmp_path / "a")
+    runs.hold(config)
+    with pytest.raises(UsageError, match=rf"a is in use by process {os.getpid()} on .*: python eval.py images=caf"):
+        runs.hold(config)
+    assert taken[0] > (tmp_path / "a/lock").stat().st_size
+
+
 def test_outdated_files_are_discarded_or_refused(tmp_path):
     (tmp_path / "cls.pt").write_bytes(b"weights")
     file = tmp_path / "labels" / "Ycrf" / "x.png"

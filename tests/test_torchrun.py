@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import engine
 import losses
 import models
 import runs
+import settings
 from settings import UsageError
 from tools.shapes import make_shapes
 
@@ -158,6 +160,35 @@ def test_a_loss_over_a_group_is_that_of_the_whole_batch(tmp_path):
         assert torch.allclose(torch.cat((first, second)) / 2, gradient), name
 
 
+class Statistics(torch.nn.Module):
+    """A segmenter whose every pixel has the label that its buffer says."""
+
+    def __init__(self, label):
+        super().__init__()
+        self.register_buffer("label", torch.tensor(label))
+
+    def forward(self, images):
+        maps = torch.nn.functional.one_hot(self.label, 3).float()
+        return maps[None, :, None, None].expand(-1, -1, *images.shape[2:])
+
+
+def score_of_a_rank(rank, results, meeting):
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    config = settings.read("train_seg", ["data.classes=[a, b]"])
+    config.device = torch.device("cpu")
+    image, mask = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.ones(1, 9, 9, dtype=torch.uint8)
+    results[rank] = engine.validate(config, Statistics(1 + rank), [dict(image=image, masks=mask)] * 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_scores_during_the_training_are_those_of_what_is_saved(tmp_path):
+    """Rank 0's network, also where each rank's batches gave it statistics of its own."""
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(score_of_a_rank, (results, f"file://{tmp_path}/meeting"), nprocs=2)
+        assert dict(results) == {0: 100, 1: 100}
+
+
 def test_more_processes_than_crops(tmp_path):
     done = subprocess.run(command("train_cls", 2, "train_cls.batch=1"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and "batch is 1, too few for 2 processes; it is the total" in done.stderr
@@ -245,11 +276,17 @@ def test_two_machines(tmp_path):
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    for name, value in dict(WORLD_SIZE="3", RANK="2", LOCAL_RANK="2").items():
-        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: SimpleNamespace(device=f"{device}:{chosen[-1]}"))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert runs.find_device("auto") == f"cuda:{rank}" and chosen[-1] == int(rank)
+    monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UsageError, match="local rank 2 has no GPU .* is 2 at most"):
-        runs.join_processes(torch.device("cuda"))
+        runs.find_device("cuda")
 
 
 def test_several_processes_without_torchrun(monkeypatch):

@@ -113,6 +113,17 @@ def test_refused(folder, labels, words):
     assert words in last_line(train(folder, f"labels={labels}"))
 
 
+def test_boxes_that_decide_the_order_are_remembered(folder):
+    """With balance: images are drawn by their classes."""
+    labels = "labels=[SegmentationClassAug]", "iterations=1"
+    for name, options in (("a", ["balance=true"]), ("b", [])):
+        assert train(folder, *labels, *options, f"name={name}").returncode == 0
+    for path in (folder / "data/shapes/Annotations").iterdir():
+        path.write_text(path.read_text().replace("<name>ring<", "<name>bar<"))
+    assert "content of boxes" in last_line(train(folder, *labels, "balance=true", "name=a"))
+    assert train(folder, *labels, "name=b").returncode == 0
+
+
 # ---------------------------------------------------------------- scores during the training
 
 LONGER = ["train_seg.iterations=8", "train_seg.dropout=0.3", "train_seg.lr=0.1", "run.save_every=3", "run.log_every=5",

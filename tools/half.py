@@ -20,14 +20,16 @@ import models
 
 
 def halved(content: dict) -> dict:
-    """A cls.pt or seg.pt with its weights rounded, without the settings that
-    name the folders it was made from.
+    """A cls.pt or seg.pt with its weights rounded; without its settings,
+    which name the folders it was made from, but for what eval.py needs.
     """
     model = {name: (value.bfloat16().half() if value.is_floating_point()
                     else value) for name, value in content["model"].items()}
     kept = {key: content[key] for key in ("network", "classes", "chosen")
             if key in content}
-    return kept | {"model": model}
+    needed = {key: value for key, value in content.get("settings", {}).items()
+              if key == "train_seg.temperature"}
+    return kept | {"model": model, "settings": needed}
 
 
 def deflated(content: dict) -> bytes:

@@ -758,9 +758,6 @@ def main():
         action="append", default=[], help="OLD=NEW; repeatable")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
-    with suppress(ImportError):
-        from pillow_heif import register_heif_opener
-        register_heif_opener()
     try:
         sys.exit(prepare(options.SOURCE, options.OUT, options))
     except DataError as error:

@@ -51,7 +51,8 @@ def label_folders(config: SimpleNamespace) -> list[Path]:
     way_out = "correct train_seg.labels"
     if not named:
         folders = [config.path / "labels" / kind for kind in ("Ycrf", "Yret")]
-        way_out = "make it with python make_labels.py"
+        way_out = ("make it with python make_labels.py, or name another "
+                   "run's labels in train_seg.labels")
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"{folder} is missing: {way_out}")

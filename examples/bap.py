@@ -24,7 +24,8 @@ optimizer = torch.optim.SGD(parameters, lr=1e-3)
 images = VOCDetection("data", transforms=prepare)
 for image, target in wrap_dataset_for_transforms_v2(images):
     size, boxes = image.shape[1:], target["boxes"].float()
-    # BAP counts on feature cells at every eighth pixel, the last included.
+    # BAP takes the corner cells to lie on the corner pixels: at stride 8,
+    # sides are 8 k + 1.
     height, width = padded_size(size)
     padding = (0, width - size[1], 0, height - size[0])
     maps = resnet(F.pad(image[None], padding))["out"]

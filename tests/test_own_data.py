@@ -189,12 +189,14 @@ def test_edges_of_voc_boxes(run):
     named = {"three_beyond": "3 pixels beyond", "minus3": "4 pixels beyond", "comma": "'20,5' is not a number",
              "point": "too small", "line": "too small", "swapped_size": "72 x 96 pixels, but",
              "resized": "96 x 72 pixels, but", "rotated": "a rotated box", "polygon": "no box"}
-    lines = text.split("faults: 9\n")[1].splitlines()
+    *lines, last = text.split("faults: 9\n")[1].splitlines()
+    assert last == "out: not written; correct the faults, or give --skip-faults"
     assert status == 2 and len(lines) == 9 and "3 boxes cut" in text
     for name, words in named.items():
         assert sum(f"{name}.xml" in line and words in line for line in lines) == 1, name
     status, text = run("data", "--skip-faults")
     samples = made()[1]["train"]
+    assert "9 images with faults, left out" in text
     assert status == 0 and sorted(samples) == [
         "floats", "half_beyond", "im0", "one_beyond", "sci", "zero_based", "zero_size"]
     assert boxes(samples["one_beyond"]) == [[39, 29, 96, 72]] and boxes(samples["zero_based"]) == [[0, 0, 50, 40]]
@@ -931,7 +933,8 @@ def test_out_is_whole_or_not_there(run, monkeypatch, folder):
     assert not list(Path("deep").iterdir())
 
 
-@pytest.mark.parametrize("options", [["--max-side", "0"], ["--max-side", "x"], ["--rename", "cat"], ["--what"]])
+@pytest.mark.parametrize("options", [["--max-side", "0"], ["--max-side", "x"], ["--rename", "cat"],
+                                     ["--rename", "cat=dog,cow=pet"], ["--what"]])
 def test_wrong_options(run, options):
     flat()
     assert run("data", *options)[0] == 2

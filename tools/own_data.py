@@ -114,6 +114,12 @@ def name_of(value):
     return " ".join(str(value).split())
 
 
+def renamed(pair):
+    """OLD=NEW of --rename"""
+    old, new = map(name_of, pair.split("="))
+    return {old: new}
+
+
 def extent(points):
     """The box round a polygon x y x y ..."""
     refuse(len(points) < 6 or len(points) % 2,
@@ -590,7 +596,8 @@ def read_mask(picture, boxes, export, size, turn):
             own = torch.tensor([box for kind, box in boxes if kind == name])
             outside = here & outside_boxes(own.reshape(-1, 4), here.shape)[0].numpy()
             refuse(not picture.faults and outside.sum() > here.sum() / 2,
-                   f"most of label {label} lies outside the boxes of {name}")
+                   f"most of label {label} lies outside the boxes of {name}; "
+                   f"labels 1, 2, ... are {', '.join(export.labels[:20])}")
         return labels
 
 
@@ -699,6 +706,8 @@ def fill(export, out):
            for split in ("train", "val", "test", "masked")}
     print_report(export, whole, ids, faults)
     if export.broken or faults and not export.options.skip_faults:
+        print(f"{out}: not written; correct the faults"
+              f"{'' if export.broken else ', or give --skip-faults'}")
         return 2
     refuse(not any("train" in p.splits and p.counts for p in whole),
            f"{export.root}: no image with boxes for train")
@@ -715,6 +724,7 @@ def print_report(export, whole, ids, faults):
     counts = sum((p.counts for p in whole), Counter())
     notes = sum((p.notes for p in whole), export.notes)
     notes["images without boxes"] = sum(not p.counts for p in whole)
+    notes["images with faults, left out"] = len(export.pictures) - len(whole)
     sizes = sorted((p.size for p in whole), key=math.prod) or [(0, 0)]
     sizes = [f"{w} x {h}" for w, h in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
     print(f"{export.kind}: {len(whole)} images",
@@ -754,8 +764,8 @@ def main():
     add("--max-side", type=int, default=1000, help="pixels; 1000")
     add("--classes", type=lambda names: [*map(name_of, names.split(","))],
         default=[], help="A,B: keep these alone")
-    add("--rename", type=lambda pair: dict([map(name_of, pair.split("=", 1))]),
-        action="append", default=[], help="OLD=NEW; repeatable")
+    add("--rename", type=renamed, action="append", default=[],
+        help="OLD=NEW; repeatable")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -61,7 +61,8 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
         return
     sys.excepthook = end_with_traceback
     # On Windows, a file or a pipe cannot hold every name.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         config = settings.read(script, arguments)
         config.device = find_device(config.run.device)

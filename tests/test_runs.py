@@ -1,5 +1,6 @@
 """Files of a run, and its worker processes."""
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -267,3 +268,11 @@ def test_how_a_script_ends(monkeypatch, capsys, error, status, line):
         runs.launch("train_cls", main)
     assert end.value.code == status
     assert capsys.readouterr().err == f"train_cls.py: {line}\n"
+
+
+def test_a_notebooks_output_is_no_file(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", "data.shapes=false"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    runs.launch("train_cls", lambda config: print("done"))
+    assert sys.stdout.getvalue() == "done\n"

@@ -6,6 +6,7 @@
 What is left out, cut or changed is counted. Every fault is a line with its
 file's name; then there is no OUT, and the exit status is 2."""
 import argparse
+import io
 import json
 import math
 import os
@@ -767,7 +768,8 @@ def main():
     add("--rename", type=renamed, action="append", default=[],
         help="OLD=NEW; repeatable")
     options = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(prepare(options.SOURCE, options.OUT, options))
     except DataError as error:

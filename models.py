@@ -419,11 +419,12 @@ def resnet(name: str) -> nn.Sequential:
     return body
 
 
-class DilatedDepthwise(nn.Conv2d):
-    """On a CPU it stays in float32 under autocast: in bfloat16 and
-    channels_last, oneDNN 3.13 (torch 2.15) adds memory that was never written
-    to the gradient of its weights. And it pads by itself, but for training,
-    where oneDNN's own padding by more than 4 cells is slow.
+class DilatedGroups(nn.Conv2d):
+    """A dilated grouped convolution. On a CPU it stays in float32 under
+    autocast: in bfloat16 and channels_last, oneDNN (3.12 and 3.13, of torch
+    2.14 and 2.15) adds memory that was never written to the gradient of its
+    weights. And it pads by itself, but for training, where oneDNN's own
+    padding by more than 4 cells is slow.
     """
 
     def forward(self, x):
@@ -463,13 +464,16 @@ def timm_backbone(name, source, state):
         raise WeightsError(f"backbone timm/{name}: {words}") from None
     with torch.no_grad():
         cells = module.eval()(torch.zeros(1, 3, 65, 65))[0].shape[2:]
-    if cells != (9, 9):  # as of ConvNeXt, whose patches lie side by side
+    pools = [m.kernel_size for m in module.modules()
+             if isinstance(m, nn.AvgPool2d)]
+    # ConvNeXt's patches lie side by side; ResNet-D averages 2 x 2 cells.
+    if cells != (9, 9) or 2 in pools or (2, 2) in pools:
         raise WeightsError(f"backbone timm/{name}: its cells do not lie on "
                            "every eighth pixel; choose another")
     for m in module.train().modules():
-        depthwise = type(m) is nn.Conv2d and m.groups == m.in_channels > 1
-        if depthwise and m.dilation != (1, 1):
-            m.__class__ = DilatedDepthwise
+        grouped = type(m) is nn.Conv2d and m.groups > 1
+        if grouped and m.dilation != (1, 1):
+            m.__class__ = DilatedGroups
     module.channels = module.feature_info.channels()[-1]
     made = timm.get_pretrained_cfg(name)
     loaded = set(module.state_dict()) if source != "none" else set()

@@ -365,8 +365,8 @@ def depthwise(cells=(47, 63)):
     torch.set_num_threads(1)
     title("dilated depthwise convolution of a 375 x 500 image, one core", "s", "nn.Conv2d, s", "gain")
     for channels, kernel, dilation in ((672, 5, 2), (1152, 5, 4), (1152, 3, 4)):
-        layer = models.DilatedDepthwise(channels, channels, kernel, padding=dilation * (kernel // 2), dilation=dilation,
-                                        groups=channels).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        layer = models.DilatedGroups(channels, channels, kernel, padding=dilation * (kernel // 2), dilation=dilation,
+                                     groups=channels).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         x = torch.randn(1, channels, *cells).contiguous(memory_format=torch.channels_last)
         ours, theirs = clock(partial(layer, x), partial(nn.Conv2d.forward, layer, x), rounds=10)
         row(f"{channels} channels, kernel {kernel}, dilation {dilation}", ours, theirs, theirs / ours)

@@ -107,10 +107,17 @@ def test_example_of_labels(tmp_path):
     (name,) = datasets.read_list(tmp_path / "data/shapes", "val")
     boxes, labels, _ = datasets.read_annotation(tmp_path / f"data/shapes/Annotations/{name}.xml", SHAPES)
     objects = [",".join(map(str, [SHAPES[k - 1], *box])) for k, box in zip(labels.tolist(), boxes.tolist())]
-    done = subprocess.run([
-        sys.executable, "-m", "examples.labels", tmp_path / "runs/shapes/cls.pt",
-        tmp_path / f"data/shapes/JPEGImages/{name}.jpg", tmp_path / "out.png", *objects], cwd=ROOT,
-        capture_output=True, text=True)
+
+    def label(*objects):
+        return subprocess.run([
+            sys.executable, "-m", "examples.labels", tmp_path / "runs/shapes/cls.pt",
+            tmp_path / f"data/shapes/JPEGImages/{name}.jpg", tmp_path / "out.png", *objects], cwd=ROOT,
+            capture_output=True, text=True)
+
+    for sides in "9,9,900,20", "20,9,9,20", "-1,9,9,20":  # beyond the image, or its left side right
+        done = label(objects[0], f"{SHAPES[0]},{sides}")
+        assert done.returncode == 1 and done.stderr.startswith(f"{SHAPES[0]},{sides}: no box in an image of")
+    done = label(*objects)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 7
     made = tmp_path / f"runs/shapes/labels/Ycrf/{name}.png"

@@ -774,13 +774,13 @@ def test_timm_from_a_file():
 @pytest.mark.parametrize("kernel, dilation, bias", [
     ((3, 3), (2, 2), False), ((5, 5), (2, 2), True), ((5, 5), (4, 4), False), ((1, 9), (1, 2), True)])
 @pytest.mark.parametrize("training", [True, False])
-def test_dilated_depthwise(kernel, dilation, bias, training):
+def test_dilated_groups(kernel, dilation, bias, training):
     """It is nn.Conv2d, with its gradients."""
     torch.manual_seed(0)
     padding = [rate * (side // 2) for side, rate in zip(kernel, dilation)]
     plain = nn.Conv2d(6, 6, kernel, padding=padding, dilation=dilation, groups=6, bias=bias).double()
     ours = copy.deepcopy(plain).train(training)
-    ours.__class__ = models.DilatedDepthwise
+    ours.__class__ = models.DilatedGroups
     x, weights = torch.randn(2, 2, 6, 9, 13).double()
     results = []
     for layer in (plain, ours):
@@ -792,11 +792,12 @@ def test_dilated_depthwise(kernel, dilation, bias, training):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_dilated_depthwise_layer_of_timm_is_ours():
+@pytest.mark.parametrize("backbone", ["timm/tf_efficientnet_lite0", "timm/regnety_002"])
+def test_every_dilated_grouped_layer_of_timm_is_ours(backbone):
     pytest.importorskip("timm")
-    network = DeepLab(3, "timm/tf_efficientnet_lite0")
+    network = DeepLab(3, backbone)
     dilated = [m for m in network.backbone.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and m.dilation[0] > 1]
-    assert len(dilated) >= 7 and all(type(m) is models.DilatedDepthwise for m in dilated)
+    assert len(dilated) >= 7 and all(type(m) is models.DilatedGroups for m in dilated)
 
 
 BF16_GRADIENTS = """
@@ -808,7 +809,9 @@ backbone, width = sys.argv[1], float(sys.argv[2])
 torch.manual_seed(0)
 network = DeepLab(3, backbone, width=width, dropout=0).to(memory_format=torch.channels_last)
 network.freeze_norm = True
-network.train()
+for module in network.train().modules():
+    if isinstance(module, torch.nn.BatchNorm2d):  # timm starts a block's last one at 0
+        torch.nn.init.ones_(module.weight)
 images = torch.rand(1, 3, 225, 225).to(memory_format=torch.channels_last)
 weights = torch.rand(1, 3, 225, 225)
 
@@ -825,7 +828,8 @@ for name, gradient in full.items():
 """
 
 
-@pytest.mark.parametrize("backbone, width", [("vgg16", 0.25), ("resnet50", 1.0), ("timm/tf_efficientnet_lite0", 1.0)])
+@pytest.mark.parametrize("backbone, width", [
+    ("vgg16", 0.25), ("resnet50", 1.0), ("timm/tf_efficientnet_lite0", 1.0), ("timm/regnety_002", 1.0)])
 def test_gradients_in_bf16_read_no_memory_that_nobody_wrote(backbone, width):
     """glibc fills what it hands out with 3e38 here: a gradient that reads it is not that of float32, or not finite."""
     if backbone.startswith("timm/"):
@@ -838,11 +842,13 @@ def test_gradients_in_bf16_read_no_memory_that_nobody_wrote(backbone, width):
     assert len(run.stdout.splitlines()) > 10 and not far
 
 
-def test_timm_whose_patches_lie_side_by_side():
-    """Cell j of ConvNeXt sees pixels 8 j to 8 j + 7, and the last column of pixels is seen by none."""
+def test_timm_whose_cells_lie_elsewhere():
+    """Cell j of ConvNeXt sees pixels 8 j to 8 j + 7, and the last column of pixels is seen by none. ResNet-D has as
+    many cells as it should, but averages 2 x 2 of them in its shortcuts, so that they lie some 5 pixels off."""
     pytest.importorskip("timm")
-    with pytest.raises(WeightsError, match="timm/convnext_atto: its cells do not lie on every eighth pixel"):
-        DeepLab(3, backbone="timm/convnext_atto")
+    for name in ("convnext_atto", "resnet26d"):
+        with pytest.raises(WeightsError, match=f"timm/{name}: its cells do not lie on every eighth pixel"):
+            DeepLab(3, backbone=f"timm/{name}")
     network = DeepLab(3, backbone="timm/mobilenetv3_small_050")
     assert network.training and network.backbone.training
     assert network.features(torch.rand(2, 3, 65, 65)).shape[2:] == (9, 9)

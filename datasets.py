@@ -284,8 +284,8 @@ class VOCDataset(torch.utils.data.Dataset):
 
     `masks` and `truth` are folders, absolute or under root. All masks of the
     ids in `exact` are read from `truth`. Images without a PNG in the folder
-    `scored` are left out. DataError is raised on construction, but for faults
-    in pixels on reading the sample.
+    `scored` are left out. DataError is raised on construction; for faults in
+    pixels, when the sample is read.
     `paths` is {id: image file}; `annotations` {id: (boxes, labels)} or None,
     in numpy: a spawned worker would be sent each tensor as an open file.
     """

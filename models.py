@@ -317,9 +317,9 @@ def build_backbone(
     """The arguments are those of `Network`; dilation is fc6's. To add a
     backbone, add a branch. Returns
 
-    module: maps images of sides 8 k + 1, less mean and over std, to features
-        (N, channels, h, w), or to a list of these alone. Cell j lies on pixel
-        8 j. `channels` is an attribute.
+    module: maps images of sides 8 k + 1, normalised by mean and std, to
+        features (N, channels, h, w), or to a list that holds only these.
+        Cell j lies on pixel 8 j. `channels` is an attribute.
     colours: mean and std, of RGB in [0, 1].
     loaded: the names in the module's state dict that are pretrained.
     """

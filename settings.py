@@ -92,7 +92,8 @@ class TrainCls(Training):
     iterations: int = 8000
     drop_at: int = 5000  # instead of poly: lr x 0.1 from here on; 0: poly
     pooling: Literal["bap", "gap"] = "bap"  # gap: average pooling
-    grid: int = 4  # background queries come from grid x grid parts
+    # Background queries come from grid x grid parts (in labels, from one).
+    grid: int = 4
     bins: int = 2  # a box gives bins x bins foreground features
     # Images with no more than this share of background are average pooled.
     min_background: float = 0.125
@@ -151,7 +152,7 @@ class TrainSeg(Training):
 
 @dataclass
 class Eval:
-    """Section `eval`: stage 4. The paper's headline uses scales
+    """Section `eval`: stage 4. The paper's final score uses scales
     [0.5, 0.75, 1, 1.5], flip and crf."""
     # A segmenter of another run or in the authors' names; empty:
     # runs/NAME/seg.pt

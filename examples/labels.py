@@ -23,15 +23,15 @@ network = models.load(checkpoint)
 image = datasets.read_image(photo)
 names = [text.split(",")[0] for text in objects]
 sides = [[float(side) for side in text.split(",")[1:]] for text in objects]
+H, W = image.shape[:2]
 for text, (x0, y0, x1, y1) in zip(objects, sides):
-    H, W = image.shape[:2]
     if not (0 <= x0 < x1 <= W and 0 <= y0 < y1 <= H):
         sys.exit(f"{text}: no box in an image of {W} x {H} pixels")
 boxes = torch.tensor(sides).view(-1, 4)
 sample = {
     "image": torch.tensor(image).permute(2, 0, 1), "boxes": boxes,
     "labels": torch.tensor([1 + network.classes.index(n) for n in names]),
-    "background": datasets.outside_boxes(boxes, image.shape[:2])}
+    "background": datasets.outside_boxes(boxes, (H, W))}
 
 s = MakeLabels()  # the paper's settings
 config = SimpleNamespace(make_labels=s, run=Run(), device=torch.device("cpu"))

@@ -37,6 +37,7 @@ ELSEWHERE = {  # what a command holds -> where it is tested
     "benchmarks/sigma.py": "test_evidence", "benchmarks/details.py": "test_evidence",
     "benchmarks/prototypes.py": "test_evidence", "benchmarks/unaries.py": "test_evidence",
     "benchmarks/bootstrap.py": "test_bootstrap", "benchmarks/published.py": "test_compare",
+    "benchmarks/differences.py": "test_differences",
     "tools/compare.py 'Segmentation": "test_compare",
     "benchmarks/attack.py": "an hour and a half, by hand", "benchmarks/mutants.py": "half an hour, by hand",
     "tools/half.py": "test_hub", "pip install": "requirements-dev.txt",

@@ -1,0 +1,85 @@
+"""The first two tables of docs/results.md: differences in mIoU on unseen images, of the runs in docs/voc2007.
+
+    python benchmarks/differences.py
+
+A run is called as by voc2007.py, with {} for its seed; of two runs the mean counts. A row has each seed of which all
+its runs were trained. The t intervals need scipy.
+"""
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.paper import FULL  # noqa: E402
+
+LABELS = [  # title, kind of labels, runs, minus runs, the paper's difference
+    ("BAP - average pooling, Ycrf", "Ycrf", ["bap_{}"], ["gap_{}"], "+3.1"),
+    ("BAP - average pooling, Yret", "Yret", ["bap_{}"], ["gap_{}"], ""),
+    ("with u0 - without, BAP's Ycrf", "Ycrf", ["bap_{}"], ["bap_{}_nou0"], "+1.4"),
+    ("from logits - from u0 and u_c, BAP's Ycrf", "Ycrf", ["bap_{}_improved"], ["bap_{}"], ""),
+    ("average pooling from logits - BAP from u0 and u_c, Ycrf", "Ycrf", ["gap_{}_improved"], ["bap_{}"], ""),
+    ("BAP - average pooling, Ycrf from logits", "Ycrf", ["bap_{}_improved"], ["gap_{}_improved"], "")]
+SEGMENTERS = [  # title, runs, minus runs, the paper's differences
+    ("NAL - 422 true masks", ["nal_{}"], ["masks_{}"], ""),
+    ("NAL - whole boxes", ["nal_{}"], ["boxes_{}"], ""),
+    ("422 true masks and other images' boxes - all boxes, NAL", ["masks_and_boxes_{}"], ["nal_{}"], "- / +2.4"),
+    ("NAL - cross-entropy on Ycrf", ["nal_{}"], ["crf_{}"], "- / +0.3"),
+    ("NAL - cross-entropy where Ycrf and Yret agree", ["nal_{}"], ["agree_{}"], "+0.6 / +0.6"),
+    ("Yret - Ycrf, cross-entropy", ["ret_{}"], ["crf_{}"], "- / -1.7"),
+    ("labels from logits - from u0 and u_c, mean of NAL and cross-entropy", ["nal_{}_improved", "crf_{}_improved"],
+     ["nal_{}", "crf_{}"], "")]
+
+
+def read() -> dict[str, dict[str, float]]:
+    """{run: {Ycrf, Yret, plain, FULL: mIoU on Segmentation/test, as far as it has them}}"""
+    found = {}
+    for file in (ROOT / "docs/voc2007").glob("*.json"):
+        for name, files in json.loads(file.read_text("utf-8")).items():
+            labels = files.get("labels/scores.json", {}).get("Segmentation/test", {})
+            segmenters = files.get("eval.json", {}).values()
+            found[name.removeprefix("voc2007_")] = {
+                **{kind: scores["miou"] for kind, scores in labels.items()},
+                **{s["method"]: s["miou"] for s in segmenters if s["split"] == "Segmentation/test"}}
+    return found
+
+
+def differences(runs: dict, method: str, first: list[str], second: list[str]) -> dict[int, float]:
+    """{seed: difference}"""
+    found = {}
+    for seed in range(8):
+        sides = [[runs.get(name.format(seed)) for name in names] for names in (first, second)]
+        if all(sides[0] + sides[1]):
+            a, b = (mean(run[method] for run in side) for side in sides)
+            found[seed] = a - b
+    return found
+
+
+def cells(values: list[float]) -> str:
+    """Seed by seed; and the mean with its 95 % t interval, in bold if 0 is not in it."""
+    from scipy import stats
+    interval = f"{mean(values):+.2f}"
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        bold = "**" if half < abs(mean(values)) else ""
+        interval = f"{bold}{interval} ± {half:.2f}{bold}"
+    return f"{', '.join(f'{v:+.1f}' for v in values)} | {interval}"
+
+
+def tables(runs: dict) -> str:
+    lines = ["| labels | seeds | seed by seed | mean | paper |", "|---|---|---|---|---|"]
+    for title, kind, *sides, paper in LABELS:
+        found = differences(runs, kind, *sides)
+        lines.append(f"| {title} | {', '.join(map(str, found))} | {cells([*found.values()])} | {paper} |")
+    lines += ["", "| segmenters | seeds | plain | mean | final | mean | paper |", "|---|---|---|---|---|---|---|"]
+    for title, *sides, paper in SEGMENTERS:
+        plain, final = (differences(runs, method, *sides) for method in ("plain", FULL))
+        lines.append(f"| {title} | {', '.join(map(str, plain))} | {cells([*plain.values()])} | "
+                     f"{cells([*final.values()])} | {paper} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(tables(read()))

@@ -127,12 +127,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: PathLike) -> np.ndarray:
-    """(H,W,3) uint8 RGB, as to_rgb shows it. Raises DataError."""
+    """(H, W, 3) uint8 RGB, as to_rgb shows it. Raises DataError."""
     return np.asarray(open_image(path, to_rgb))
 
 
 def read_mask(path: PathLike, num_labels: int) -> np.ndarray:
-    """The labels in a palette or grey PNG, (H,W) uint8: 0..num_labels-1, and
+    """The labels in a palette or grey PNG, (H, W) uint8: 0..num_labels-1, and
     255 for void. DataError if it is missing or broken, or has others."""
     mode, mask = open_image(path, lambda image: (image.mode, np.array(image)))
     if mode not in ("P", "L"):
@@ -146,7 +146,7 @@ def read_mask(path: PathLike, num_labels: int) -> np.ndarray:
 
 
 def palette() -> np.ndarray:
-    """VOC's colours (256,3) uint8: a label's bits, spread over R, G and B."""
+    """VOC's colours (256, 3) uint8: a label's bits, spread over R, G and B."""
     labels, channels = np.arange(256)[:, None], np.arange(3)
     colours = np.zeros((256, 3), int)
     for bit in range(8):
@@ -209,14 +209,14 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_mask(path: PathLike, labels: np.ndarray) -> None:
-    """Writes (H,W) uint8 labels as a PNG with VOC's colours, atomically."""
+    """Writes (H, W) uint8 labels as a PNG with VOC's colours, atomically."""
     image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
     image.putpalette(palette().tobytes())
     write(path, png(image))
 
 
 def read_annotation(path: PathLike, classes: Sequence[str]) -> tuple:
-    """Boxes (K,4) float32, labels (K,) int64 in 1..len(classes), and (H,W).
+    """Boxes (K, 4) float32, labels (K,) int64 in 1..len(classes), and (H, W).
 
     A box is x0 y0 x1 y1 in continuous pixels, x1 and y1 exclusive. Difficult
     and truncated objects count. DataError if the file is missing or no XML,
@@ -264,7 +264,7 @@ def _number(path, element, field, least):
 
 
 def outside_boxes(boxes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """M(p) of section 3.1, (1,H,W) uint8: 1 on pixels that no box touches."""
+    """M(p) of section 3.1, (1, H, W) uint8: 1 where no box touches a pixel."""
     mask = torch.ones(1, *size, dtype=torch.uint8)
     for x0, y0, x1, y1 in boxes.clamp(min=0).tolist():
         rows = slice(math.floor(y0), math.ceil(y1))
@@ -276,11 +276,11 @@ class VOCDataset(torch.utils.data.Dataset):
     """The images of one list. A sample is a dict:
 
         id          str
-        image       (3,H,W) uint8 RGB
-        boxes       (K,4) float32, as of read_annotation
+        image       (3, H, W) uint8 RGB
+        boxes       (K, 4) float32, as of read_annotation
         labels      (K,) int64, k for the k-th of `classes`
-        background  (1,H,W) uint8: 1 outside boxes, 0 inside, 255 padding
-        masks       (M,H,W) uint8: one from each of the M folders `masks`
+        background  (1, H, W) uint8: 1 outside boxes, 0 inside, 255 padding
+        masks       (M, H, W) uint8: one from each of the M folders `masks`
 
     `masks` and `truth` are folders, absolute or under root. All masks of the
     ids in `exact` are read from `truth`. Images without a PNG in the folder
@@ -405,8 +405,8 @@ class Stream(torch.utils.data.Dataset):
 
 def collate(samples: list[dict]) -> dict:
     """A batch of N samples, a dict with their keys: lists of ids, boxes and
-    labels; image (N,3,H,W), masks (N,M,H,W) and background (N,1,H,W) uint8,
-    which is 0 on padding too."""
+    labels; image (N, 3, H, W), masks (N, M, H, W) and background
+    (N, 1, H, W) uint8, which is 0 on padding too."""
     batch: dict = {key: [s[key] for s in samples] for key in samples[0]}
     for key in batch.keys() & {"image", "background", "masks"}:
         batch[key] = torch.stack(batch[key])

@@ -92,7 +92,7 @@ def merge_augmented(voc: Path, sbd: Path, expected: int = 10582) -> None:
 
 
 def read_mat(path):
-    """The labels (H,W) of one of SBD's files."""
+    """The labels (H, W) of one of SBD's files."""
     from scipy.io import loadmat
     return loadmat(path)["GTcls"][0]["Segmentation"][0]
 

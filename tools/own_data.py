@@ -488,7 +488,7 @@ def mask_colours(export):
 
 
 def labels_of(mask, export):
-    """A mask as (H,W) labels, 0, 1, ... and 255, void. Raises DataError of
+    """A mask as (H, W) labels, 0, 1, ... and 255, void. Raises DataError of
     the reason alone."""
     (known, mapped), count = export.colours, len(export.labels)
     grey = mask.mode in ("1", "L") or mask.mode[0] == "I"
@@ -582,7 +582,7 @@ def upright_boxes(picture, size, turn):
 
 
 def read_mask(picture, boxes, export, size, turn):
-    """(H,W) labels of SOURCE, upright; None if there is a fault."""
+    """(H, W) labels of SOURCE, upright; None if there is a fault."""
     mask = open_image(picture.mask, Image.Image.copy)
     if turn in TURNS and mask.size == size[::-1] != size:
         mask.getexif()[274] = turn

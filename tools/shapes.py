@@ -18,7 +18,7 @@ BACKGROUNDS = "stripes", "checks", "blobs", "noise", "gradient", "split"
 
 
 def _outline(rng, shape):
-    """A shape as discs: centres (64,2), about in [-1,1], and radii (64,)."""
+    """A shape as discs: centres (64, 2), about in [-1, 1], and radii (64,)."""
     t = np.linspace(-1, 1, 64)
     x, y = t, 0 * t  # a bar
     radius = np.full(64, rng.uniform(0.15, 0.21))
@@ -38,7 +38,7 @@ def _outline(rng, shape):
 
 
 def _coverage(rng, shape, size):
-    """(H,W) in [0,1]: the part of each pixel that a new object covers."""
+    """(H, W) in [0, 1]: the part of each pixel that a new object covers."""
     points, radii = _outline(rng, shape)
     angle = rng.choice([-1, 1]) * rng.uniform(0.45, 1.1) if shape == "bar" \
         else rng.uniform(0, 2 * np.pi)  # a bar along an axis fills its box
@@ -57,14 +57,14 @@ def _coverage(rng, shape, size):
 
 
 def _smooth_noise(rng, size, cell):
-    """(H,W) of deviation about 1 that changes over `cell` pixels."""
+    """(H, W) of deviation about 1 that changes over `cell` pixels."""
     coarse = rng.normal(size=(size[0] // cell + 2, size[1] // cell + 2))
     image = Image.fromarray(coarse.astype(np.float32))
     return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def _background(rng, family, size):
-    """(H,W,3) float: two near colours mixed by a pattern of the family."""
+    """(H, W, 3) float: two near colours mixed by a pattern of the family."""
     angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
     wavelength = rng.uniform(11, 26)
     x, y = np.meshgrid(np.arange(size[1]) - size[1] / 2,
@@ -91,7 +91,7 @@ def _background(rng, family, size):
 
 
 def _surface(rng, label, size):
-    """(H,W,3) float, the object's colour less its background's mean: hue and
+    """(H, W, 3) float, the object's colour less its background's mean: hue and
     stripes tell the class, also after a flip."""
     hue = 2 * np.pi * label / len(SHAPES) + rng.normal(0, 0.25)
     red_green = np.array([1, -1, 0]) / 2 ** 0.5
@@ -106,8 +106,8 @@ def _surface(rng, label, size):
 
 
 def _scene(rng):
-    """An image (H,W,3) uint8, its objects' labels, and the number of the
-    object on each pixel (H,W), 0 for none."""
+    """An image (H, W, 3) uint8, its objects' labels, and the number of the
+    object on each pixel (H, W), 0 for none."""
     size = tuple(rng.integers(129, 162, 2))
     label = rng.integers(1, len(SHAPES) + 1)
     # A shape often has its own texture behind it, as boats have water.
@@ -132,7 +132,7 @@ def _scene(rng):
 
 
 def _mask(labels, owner):
-    """(H,W) uint8 labels, with void along outlines as in VOC."""
+    """(H, W) uint8 labels, with void along outlines as in VOC."""
     mask = np.array([0, *labels], np.uint8)[owner]
     around = np.pad(owner, 1, mode="edge")
     for other in (around[1:-1, :-2], around[1:-1, 2:],

@@ -133,7 +133,8 @@ def read_image(path: PathLike) -> np.ndarray:
 
 def read_mask(path: PathLike, num_labels: int) -> np.ndarray:
     """The labels in a palette or grey PNG, (H, W) uint8: 0..num_labels-1, and
-    255 for void. DataError if it is missing or broken, or has others."""
+    255 for void. DataError if the file is missing, broken or of another
+    mode, or holds another label."""
     mode, mask = open_image(path, lambda image: (image.mode, np.array(image)))
     if mode not in ("P", "L"):
         raise DataError(f"{path}: {mode}; save a palette or grey PNG")
@@ -446,7 +447,7 @@ def training_transform(
         jitter: float = 0.5) -> Callable[[dict], dict]:
     """Scale, pad with the RGB colour `fill` (0..255) and masks with 255, crop,
     flip, jitter brightness, contrast and saturation, in that order."""
-    # The others, boxes, take a colour as well, and have no use for it.
+    # v2.Pad looks up a fill for "others", the boxes, too, but ignores it.
     fills: dict = {tv_tensors.Image: list(fill), tv_tensors.Mask: VOID,
                    "others": 0}
     return v2.Compose([

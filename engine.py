@@ -30,18 +30,19 @@ def autocast(config: SimpleNamespace) -> torch.autocast:
 def train(config: SimpleNamespace, script: str, network: models.Network,
           dataset: datasets.VOCDataset, objective: Callable,
           inputs: Callable[[], dict], val: Subset | None = None) -> None:
-    """Trains `network` and writes its checkpoint, cls.pt or seg.pt.
+    """Trains `network` with the settings of section `script`, train_cls or
+    train_seg, and writes its checkpoint, cls.pt or seg.pt.
 
     objective(network, batch) -> dict of scalars over the whole batch, of
     which each rank holds a part (see runs.all_ranks): `loss`, which is
     minimised, and others to log. inputs() -> what the result depends on
     besides the settings, such as digests of files; it must not change. val:
-    images with a true mask that are scored every s.val_every iterations and
-    at the end.
+    images with a true mask that are scored every val_every iterations and at
+    the end.
 
-    Every save_every iterations a file beside it, cls.pt.partial or
-    seg.pt.partial, receives all that is needed to resume; where it exists,
-    the training resumes from it.
+    Every run.save_every iterations a file beside the checkpoint,
+    cls.pt.partial or seg.pt.partial, receives all that is needed to resume;
+    where it exists, the training resumes from it.
     """
     s = getattr(config, script)
     path = config.path / {"train_cls": "cls.pt", "train_seg": "seg.pt"}[script]
@@ -223,7 +224,9 @@ def read_values(script: str, unread: list) -> dict[str, float]:
 
 
 def keep_best(path: Path, content: dict) -> None:
-    """Saves a checkpoint, unless the one there, chosen alike, is as good."""
+    """Saves a checkpoint, unless the one at `path` was chosen on the same
+    images and has as high an mIoU.
+    """
     before = models.read_file(path) if path.exists() else {}
     if (before.get("chosen") != content["chosen"]
             or content["miou"] > before["miou"]):

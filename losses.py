@@ -137,9 +137,10 @@ def weighted_mean(values: Tensor, w: Tensor, group: Group = None) -> Tensor:
     """sum w values / sum w over the whole group; 0 where w is 0 everywhere."""
     sums = torch.stack(((w * values).sum(), w.sum(dtype=values.dtype)))
     if group is not None:
-        # Each process computes this same loss from its part. The gradient is
-        # that of all their losses: DistributedDataParallel's mean over the
-        # processes is then the gradient of the whole batch.
+        # Each process has the value of the whole batch, but the graph of its
+        # own part alone. That part's gradient is multiplied by the number of
+        # processes, so that DistributedDataParallel's mean over them is the
+        # gradient of the whole batch.
         total = sums.detach().clone()
         dist.all_reduce(total, group=group)
         sums = total + dist.get_world_size(group) * (sums - sums.detach())

@@ -81,7 +81,9 @@ def numbers(count, like):
 
 
 def divide(low, high, parts, like):
-    """low to high, numbers or (..., 1), in equal parts: (..., parts, 2)."""
+    """The interval from low to high, each a number or (..., 1), cut into equal
+    parts: their starts and ends, (..., parts, 2).
+    """
     edges = low + (high - low) * numbers(parts + 1, like) / parts
     return torch.stack((edges[..., :-1], edges[..., 1:]), -1)
 
@@ -130,16 +132,17 @@ class BAP(nn.Module):
         A(p) = 1 outside boxes, inside the mean over j of ReLU(cos(f(p), q_j))
         r_i  = sum_{p in box i} (1 - A(p)) f(p) / sum_{p in box i} (1 - A(p))
 
-    A cell that background or a box covers in part counts in that part; its A
-    is the mean over the cell, 1 on the part that is background.
+    A feature cell that background or a box covers in part counts with the
+    covered share of its area; its A is the mean over its area, with 1 on the
+    share that is background.
 
     grid: the feature map is cut into grid x grid equal grid cells.
     bins: a box is cut into bins x bins equal parts, each with an r.
     min_background: an image with at most this share of background, or with no
         query, is average-pooled: its r are means, as if A were 0.
     aware: False average-pools every image (the paper's GAP).
-    A part where 1 - A is at most 1e-4 on average is average-pooled, too,
-    since its r would be 0 / 0.
+    A part of a box where 1 - A is at most 1e-4 on average is average-pooled,
+    too, since its r would be 0 / 0.
     """
 
     def __init__(self, grid: int = 4, bins: int = 2,
@@ -258,8 +261,9 @@ class Upsampled:
 
     @cached_property
     def norm(self) -> Tensor:
-        """Each pixel's norm, of a feature sum_i a_i f_i over cells i: (H, W).
-        Squared it is sum_i a_i^2 <f_i, f_i> + sum_{i<j} 2 a_i a_j <f_i, f_j>.
+        """The norm (H, W) of each pixel's feature, sum_i a_i f_i over its four
+        cells i, with bilinear weights a_i. The squared norm is
+        sum_i a_i^2 <f_i, f_i> + sum_{i<j} 2 a_i a_j <f_i, f_j>.
         """
         f, y, x = self.features, self.rows, self.columns
         y_pair, x_pair = 2 * y[:, :-1] * y[:, 1:], 2 * x[:, :-1] * x[:, 1:]
@@ -267,6 +271,7 @@ class Upsampled:
         right = (f[:, :-1] * f[:, 1:]).sum(2)
         down = (f[:-1] * f[1:]).sum(2)
         diagonals = f[:-1, :-1] * f[1:, 1:] + f[:-1, 1:] * f[1:, :-1]
+        # Halved, since y_pair and x_pair each hold the 2 of 2 a_i a_j.
         diagonals = diagonals.sum(2) / 2
         squared = (y * y) @ itself @ (x * x).T + (y * y) @ right @ x_pair.T
         squared = squared + y_pair @ down @ (x * x).T
@@ -292,7 +297,7 @@ class Upsampled:
 
 def padded_size(size: Size) -> tuple[int, ...]:
     """The least size >= (H, W) of sides 8 k + 1: cell j lies on pixel 8 j."""
-    # Of positive numbers, since ONNX rounds those below 0 otherwise.
+    # Not 1 - (1 - side) // STRIDE * STRIDE: below 0, ONNX does not floor.
     return tuple((side + STRIDE - 2) // STRIDE * STRIDE + 1 for side in size)
 
 
@@ -395,9 +400,9 @@ class VGG16(nn.Module):
 
 def resnet(name: str) -> nn.Sequential:
     """torchvision's ResNet at stride 8. Convolutions behind a stride that is
-    taken out are dilated, so that each cell gets what it had at stride 32. A
-    stage's first block has the stride in its 3x3 convolution, and that of the
-    original network, NAME_caffe, in the 1x1 before it.
+    taken out are dilated, so that the cells of stride 32 keep their values.
+    A stage's first block has the stride in its 3x3 convolution; in NAME_caffe,
+    the original network, it is in the 1x1 convolution before that.
     """
     net = get_model(
         name.removesuffix("_caffe"), weights=None,
@@ -422,9 +427,9 @@ def resnet(name: str) -> nn.Sequential:
 class DilatedGroups(nn.Conv2d):
     """A dilated grouped convolution. On a CPU it stays in float32 under
     autocast: in bfloat16 and channels_last, oneDNN (3.12 and 3.13, of torch
-    2.14 and 2.15) adds memory that was never written to the gradient of its
-    weights. And it pads by itself, but for training, where oneDNN's own
-    padding by more than 4 cells is slow.
+    2.14 and 2.15) adds uninitialised memory to the gradient of its weights.
+    In evaluation on a CPU, padding by more than 4 cells is done by F.pad,
+    since oneDNN's own is slow.
     """
 
     def forward(self, x):
@@ -459,7 +464,7 @@ def timm_backbone(name, source, state):
     except (RuntimeError, ValueError, TypeError, LookupError, OSError,
             AssertionError) as error:
         if getattr(error, "errno", None):
-            raise  # a fault of the machine; without a network there is none
+            raise  # a fault of the machine; being offline sets no errno
         words = " ".join(str(error).split()) or "timm cannot make it"
         raise WeightsError(f"backbone timm/{name}: {words}") from None
     with torch.no_grad():
@@ -549,8 +554,9 @@ def read_file(source: PathLike) -> Any:
 
 
 def state_of(content: Any, source: PathLike) -> State:
-    """The state dict that a file holds, itself or in a checkpoint (cls.pt,
-    seg.pt); of a network in Caffe's names, in those of `Network`.
+    """The state dict that a file's content is, or in cls.pt and seg.pt holds.
+    Caffe's names become those of `Network`, and VGG-16's fc6 and fc7 are cut
+    (cut_vgg16). WeightsError if it is none, or holds NaN or infinity.
     """
     try:
         state = content.get("model", content)
@@ -567,7 +573,9 @@ def state_of(content: Any, source: PathLike) -> State:
 
 
 def copy_state(module: nn.Module, state: State, source: Any) -> set[str]:
-    """Copies it into a module; it may lack fc6 and fc7. Returns its names."""
+    """Copies a state dict into a module; the state may lack fc6 and fc7.
+    Returns its names; WeightsError if names or shapes do not fit.
+    """
     try:
         missing, unknown = module.load_state_dict(state, strict=False)
         fits = not unknown and all(
@@ -657,7 +665,7 @@ class ASPP(nn.Module):
 
 
 class Head(nn.Sequential):
-    """The classifier's head: a 3x3 convolution and ReLU."""
+    """BoxClassifier's head, except with VGG-16: 3x3 convolution and ReLU."""
     channels = 512
 
     def __init__(self, inputs):
@@ -726,8 +734,9 @@ class Network(nn.Module):
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        """RGB images (N, 3, H, W), uint8 or float in [0, 1], padded with the
-        mean colour to `padded_size` -> features (N, C, h, w).
+        """RGB images (N, 3, H, W), uint8 or float in [0, 1] -> features
+        (N, C, h, w). Pads the images itself, at the right and the bottom, to
+        `padded_size` with the mean colour.
         """
         if not images.is_floating_point():
             images = images.float() / 255

@@ -269,8 +269,8 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def own_file(path: Path) -> Iterator[None]:
-    """Around the use of what a file of this program's own says: if that is
-    damaged, the user is told so.
+    """For a `with` block that reads and uses a file written by this program:
+    content that is damaged raises UsageError, which names the file.
     """
     try:
         yield
@@ -334,8 +334,8 @@ def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
                      made_with: dict, source: Path) -> None:
     """Empties `folder` unless the same settings and checkpoint `source` made
     what it holds. What other settings made is refused, or discarded with
-    run.overwrite. A source outside this run counts as a setting: it is not a
-    newer state of this run that outdates older files.
+    run.overwrite. A source outside runs/NAME counts as a setting; this run's
+    own may be trained again, which discards without run.overwrite.
     """
     if rank() == 0:
         hold(config)
@@ -484,9 +484,9 @@ def load_network(config: SimpleNamespace, name: str,
                  classes: Sequence[str] = ()) -> AnyNetwork:
     """The network in runs/NAME/cls.pt or seg.pt, in evaluation mode; or in
     the file `weights`: a checkpoint of another run, or a state dict in the
-    names of the authors' code, of the settings' backbone and data.classes.
-    The run's own checkpoint must be of these, too. classes: those that the
-    labels 1, 2, ... shall be; by default, all.
+    names of the authors' code. That dict and the run's own checkpoint must
+    be of the settings' backbone and width and of data.classes. classes: the
+    network's classes to keep, as labels 1, 2, ...; by default, all.
     """
     path = Path(weights) if weights else config.path / name
     content = models.read_file(path) if weights else read_checkpoint(path)

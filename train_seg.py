@@ -28,14 +28,14 @@ def segmentation_loss(s: TrainSeg, cosine: Tensor, y_crf: Tensor,
     """The loss that the settings name, of cosine (N, L, H, W) and labels
     (N, H, W).
     """
-    both = cosine, y_crf, y_ret
+    tensors = cosine, y_crf, y_ret
     loss = {
-        "nal": partial(losses.noise_aware_loss, *both, s.gamma, s.weight),
+        "nal": partial(losses.noise_aware_loss, *tensors, s.gamma, s.weight),
         "crf": partial(losses.cross_entropy, cosine, y_crf),
         "ret": partial(losses.cross_entropy, cosine, y_ret),
-        "agree": partial(losses.agreement_loss, *both),
-        "entropy": partial(losses.entropy_loss, *both, s.weight),
-        "bootstrap": partial(losses.bootstrap_loss, *both, s.weight),
+        "agree": partial(losses.agreement_loss, *tensors),
+        "entropy": partial(losses.entropy_loss, *tensors, s.weight),
+        "bootstrap": partial(losses.bootstrap_loss, *tensors, s.weight),
     }[s.loss]
     return loss(temperature=s.temperature, group=runs.all_ranks())
 

@@ -74,12 +74,12 @@ def row(name, *values):
     print(f"| {name} | {' | '.join(v if isinstance(v, str) else f'{v:.3g}' for v in values)} |", flush=True)
 
 
-def peak(function):
+def peak(case):
     """MB that a case of MEMORY needs at most, beyond what it starts from; on a CPU in a process of its own."""
     if not GPU:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(resident_peak, (function,))
-    run = MEMORY[function]()
+            return pool.apply(resident_peak, (case,))
+    run = MEMORY[case]()
     run()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -87,8 +87,8 @@ def peak(function):
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def resident_peak(function):
-    run = MEMORY[function]()
+def resident_peak(case):
+    run = MEMORY[case]()
     run()  # libraries and buffers that stay are there after the first time
     status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) / 1e3  # noqa: E731
     peaks = []
@@ -355,8 +355,8 @@ def pooling_and_loss():
     row("BAP, 20 x 1024 x 41 x 41, 50 boxes", ours, theirs, theirs / ours, peak("BAP"), peak("BAP naive"))
     ours, theirs = clock(nal_case(batch=20), nal_case(naive.noise_aware_loss, batch=20))
     row("NAL, 20 x 21 x 321 x 321", ours, theirs, theirs / ours, peak("NAL"), peak("NAL naive"))
-    logits = 20 * 21 * CROP * CROP * 4 / 1e6
-    print(f"\nThe cosines of that NAL are {logits:.0f} MB, their gradient as much.")
+    megabytes = 20 * 21 * CROP * CROP * 4 / 1e6
+    print(f"\nThe cosines of that NAL are {megabytes:.0f} MB, their gradient as much.")
 
 
 def depthwise(cells=(47, 63)):

@@ -3,9 +3,10 @@
     python tools/download_voc.py 2007 DIR    0.9 GB to fetch
     python tools/download_voc.py 2012 DIR    3.4 GB: VOC and SBD, merged. Needs scipy
 
-A folder of that name is complete. Whatever stopped it, the same command
-continues: complete archives in DIR are kept, any other is fetched from its
-beginning. Once it is done, DIR's archives may be removed.
+VOC2007 is complete once it exists, VOC2012 once it holds the list train_aug.
+After a stop, for whatever reason, the same command continues: complete archives
+in DIR are kept, any other is fetched from its beginning. Once it is done, DIR's
+archives may be removed.
 """
 import os
 import shutil

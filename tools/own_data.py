@@ -200,8 +200,9 @@ class Export:
         return {*re.findall(r"[^/\\._]+", text)}
 
     def find(self, name, path):
-        """The image that the file `path` calls `name`: of several that whose
-        path shares most words. DataError if none is called so, or two are."""
+        """The image that the file `path` calls `name`: of several, the one whose
+        path differs in the fewest words from `path` and `name`. DataError if
+        none is called so, or two differ as little."""
         found = self.stems.get(stem_of(name), [])
         refuse(not found, f"no image {name!r}")
         said = self.words(path, name)
@@ -307,8 +308,9 @@ def names_in(path, export):
 
 
 def coco_files(export):
-    """{path: content}; where there are instances_*.json, these alone, since
-    COCO's own folder holds captions and keypoints as well."""
+    """{path: content}, and the faults of files that cannot be read. Where there
+    are instances_*.json, these alone, since COCO's own folder holds captions
+    and keypoints as well."""
     found, faults = {}, []
     for path in export.ending(".json"):
         with noted(faults, path):

@@ -13,6 +13,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.compare import by_method, half_interval  # noqa: E402
 from tools.paper import FULL  # noqa: E402
 
 LABELS = [  # title, kind of labels, runs, minus runs, the paper's difference
@@ -34,35 +35,28 @@ SEGMENTERS = [  # title, runs, minus runs, the paper's differences
 
 
 def read() -> dict[str, dict[str, float]]:
-    """{run: {Ycrf, Yret, plain, FULL: mIoU on Segmentation/test, as far as it has them}}"""
-    found = {}
-    for file in (ROOT / "docs/voc2007").glob("*.json"):
-        for name, files in json.loads(file.read_text("utf-8")).items():
-            labels = files.get("labels/scores.json", {}).get("Segmentation/test", {})
-            segmenters = files.get("eval.json", {}).values()
-            found[name.removeprefix("voc2007_")] = {
-                **{kind: scores["miou"] for kind, scores in labels.items()},
-                **{s["method"]: s["miou"] for s in segmenters if s["split"] == "Segmentation/test"}}
-    return found
+    """{run: {METHOD of tools/compare.py: mIoU}}"""
+    files = (ROOT / "docs/voc2007").glob("*.json")
+    return {name.removeprefix("voc2007_"): {method: scores["miou"] for method, scores in by_method(run).items()}
+            for file in files for name, run in json.loads(file.read_text("utf-8")).items()}
 
 
 def differences(runs: dict, method: str, first: list[str], second: list[str]) -> dict[int, float]:
-    """{seed: difference}"""
+    """{seed: difference on Segmentation/test}"""
     found = {}
     for seed in range(8):
         sides = [[runs.get(name.format(seed)) for name in names] for names in (first, second)]
         if all(sides[0] + sides[1]):
-            a, b = (mean(run[method] for run in side) for side in sides)
+            a, b = (mean(run[f"Segmentation/test, {method}"] for run in side) for side in sides)
             found[seed] = a - b
     return found
 
 
 def cells(values: list[float]) -> str:
     """Seed by seed; and the mean with its 95 % t interval, in bold if 0 is not in it."""
-    from scipy import stats
     interval = f"{mean(values):+.2f}"
     if len(values) > 1:
-        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        half = half_interval(values)
         bold = "**" if half < abs(mean(values)) else ""
         interval = f"{bold}{interval} ± {half:.2f}{bold}"
     return f"{', '.join(f'{v:+.1f}' for v in values)} | {interval}"

@@ -22,15 +22,17 @@ def test_published_scores():
     labels, segmenters = (json.loads((ROOT / f"docs/voc2007/{name}.json").read_text())
                           for name in ("labels", "segmenters"))
     runs = differences.read()
-    kinds = labels["voc2007_bap_1"]["labels/scores.json"]["Segmentation/test"]
-    assert runs["bap_1"] == {kind: kinds[kind]["miou"] for kind in ("box", "Ycrf", "Yret")}
+    lists = labels["voc2007_bap_1"]["labels/scores.json"]
+    assert runs["bap_1"] == {f"{split}, {kind}": lists[split][kind]["miou"]
+                             for split in ("Segmentation/trainval", "Segmentation/test")
+                             for kind in ("box", "Ycrf", "Yret")}
     results = segmenters["voc2007_nal_1"]["eval.json"]
-    assert runs["nal_1"] == {key.removeprefix("Segmentation/test, "): of["miou"] for key, of in results.items()}
+    assert runs["nal_1"] == {method: scores["miou"] for method, scores in results.items()}
 
 
 def test_differences_of_the_seeds_that_have_both():
-    runs = {"a_0": {"plain": 60.0}, "a_1": {"plain": 62.0}, "a_2": {"plain": 70.0}, "a_4": {"plain": 61.0},
-            "b_0": {"plain": 61.0}, "b_1": {"plain": 60.0}, "b_4": {"plain": 60.0}, "c_0": {"plain": 50.0}}
+    scores = dict(a_0=60, a_1=62, a_2=70, a_4=61, b_0=61, b_1=60, b_4=60, c_0=50)
+    runs = {name: {"Segmentation/test, plain": miou} for name, miou in scores.items()}
     assert differences.differences(runs, "plain", ["a_{}"], ["b_{}"]) == {0: -1, 1: 2, 4: 1}
     assert differences.differences(runs, "plain", ["a_{}", "c_{}"], ["b_{}", "b_{}"]) == {0: 55 - 61}
 

@@ -18,14 +18,23 @@ from statistics import mean, stdev
 
 def read_scores(run: Path) -> dict[str, dict]:
     """All scores of a run's folder, by METHOD: images, miou, iou by class."""
-    def content(name):
-        path = run / name
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    names = "eval.json", "labels/scores.json"
+    return by_method({name: json.loads((run / name).read_text("utf-8"))
+                      for name in names if (run / name).exists()})
 
+
+def by_method(files: dict[str, dict]) -> dict[str, dict]:
+    """The same, given what is in its eval.json and labels/scores.json."""
     labels = {f"{split}, {kind}": scores
-              for split, kinds in content("labels/scores.json").items()
+              for split, kinds in files.get("labels/scores.json", {}).items()
               for kind, scores in kinds.items()}
-    return content("eval.json") | labels
+    return files.get("eval.json", {}) | labels
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % t interval of the mean of two values or more."""
+    from scipy import stats
+    return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 
 def row(name: str, values: Sequence[float | None]) -> str:
@@ -33,9 +42,8 @@ def row(name: str, values: Sequence[float | None]) -> str:
     cells = ["-" if v is None else f"{v:.1f}" for v in values]
     known = [v for v in values if v is not None]
     if 1 < len(known) == len(values):
-        from scipy import stats
-        half = stats.t.ppf(0.975, len(known) - 1) * stats.sem(known)
-        cells += [f"{mean(known):.2f}", f"{stdev(known):.2f}", f"± {half:.2f}"]
+        cells += [f"{mean(known):.2f}", f"{stdev(known):.2f}",
+                  f"± {half_interval(known):.2f}"]
     elif len(values) > 1:
         cells += ["-"] * 3
     return f"| {' | '.join([name, *cells])} |"

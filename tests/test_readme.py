@@ -51,7 +51,7 @@ def commands():
         if number % 2:  # inside a fence
             found += [line.split("  #")[0].strip() for line in part.splitlines()]
         else:
-            found += re.findall(r"`([^`]+)`", part)
+            found += [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", part)]
     return [line for line in found if re.match(r"(python|torchrun|make|pip) ", line)]
 
 

@@ -37,7 +37,7 @@ ELSEWHERE = {  # what a command holds -> where it is tested
     "benchmarks/sigma.py": "test_evidence", "benchmarks/details.py": "test_evidence",
     "benchmarks/prototypes.py": "test_evidence", "benchmarks/unaries.py": "test_evidence",
     "benchmarks/bootstrap.py": "test_bootstrap", "benchmarks/published.py": "test_compare",
-    "benchmarks/differences.py": "test_differences",
+    "benchmarks/tables.py": "test_tables",
     "tools/compare.py 'Segmentation": "test_compare",
     "benchmarks/attack.py": "an hour and a half, by hand", "benchmarks/mutants.py": "half an hour, by hand",
     "tools/half.py": "test_hub", "pip install": "requirements-dev.txt",
@@ -240,13 +240,3 @@ def test_the_segmenters_of_results_are_what_the_runs_say():
     assert [row[:2] for row in table("| learns from | plain | final |")] == [
         [of_seeds([segmenter_of(run.format(seed), method) for seed in range(3)]) for method in ("plain", "final")]
         for run in runs]
-
-
-def test_the_classes_of_results_are_what_the_runs_say():
-    kinds = [("gap_0", "box"), ("gap_0", "Ycrf"), ("bap_0", "Ycrf"), ("bap_0_improved", "Ycrf"), ("bap_0", "Yret")]
-    runs = ("nal_0", "nal_0_improved", "crf_0", "crf_0_improved", "ret_0", "boxes_0", "masks_0", "masks_and_boxes_0")
-    tables = {"| IoU, % | whole boxes |": [labels_of(*kind) for kind in kinds]} | {
-        f"| IoU, %, {method} | NAL |": [segmenter_of(run, method) for run in runs] for method in ("plain", "final")}
-    for head, columns in tables.items():
-        expected = [[f"{scores['iou'][name]:.1f}" for scores in columns] for name in columns[0]["iou"]]
-        assert table(head) == [*expected, [cell(scores) for scores in columns]]

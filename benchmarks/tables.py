@@ -1,9 +1,10 @@
-"""The first two tables of docs/results.md: differences in mIoU on unseen images, of the runs in docs/voc2007.
+"""Tables of docs/results.md, of the scores in docs/voc2007: differences in mIoU on unseen images; IoU of each class of
+labels, and of segmenters, plain and final.
 
-    python benchmarks/differences.py
+    python benchmarks/tables.py
 
-A run is called as by voc2007.py, with {} for its seed; of two runs the mean counts. A row has each seed of which all
-its runs were trained. The t intervals need scipy.
+A run is called as by voc2007.py, with {} for its seed. A row of differences has each seed of which all its runs were
+trained; of two runs the mean counts. The t intervals need scipy.
 """
 import json
 import sys
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from tools.compare import by_method, half_interval  # noqa: E402
 from tools.paper import FULL  # noqa: E402
 
+LIST = "Segmentation/test"
 LABELS = [  # title, kind of labels, runs, minus runs, the paper's difference
     ("BAP - average pooling, Ycrf", "Ycrf", ["bap_{}"], ["gap_{}"], "+3.1"),
     ("BAP - average pooling, Yret", "Yret", ["bap_{}"], ["gap_{}"], ""),
@@ -32,22 +34,39 @@ SEGMENTERS = [  # title, runs, minus runs, the paper's differences
     ("Yret - Ycrf, cross-entropy", ["ret_{}"], ["crf_{}"], "- / -1.7"),
     ("labels from logits - from u0 and u_c, mean of NAL and cross-entropy", ["nal_{}_improved", "crf_{}_improved"],
      ["nal_{}", "crf_{}"], "")]
+CLASSES_OF_LABELS = {  # column: run, kind of labels
+    "whole boxes": ("bap_{}", "box"),
+    "average pooling, Ycrf": ("gap_{}", "Ycrf"),
+    "BAP, Ycrf": ("bap_{}", "Ycrf"),
+    "average pooling, Ycrf from logits": ("gap_{}_improved", "Ycrf"),
+    "BAP, Ycrf from logits": ("bap_{}_improved", "Ycrf"),
+    "BAP, Yret": ("bap_{}", "Yret")}
+CLASSES_OF_SEGMENTERS = {  # column: run
+    "NAL": "nal_{}",
+    "NAL, labels from logits": "nal_{}_improved",
+    "cross-entropy, Ycrf": "crf_{}",
+    "cross-entropy, Ycrf from logits": "crf_{}_improved",
+    "cross-entropy, Yret": "ret_{}",
+    "cross-entropy, agreement": "agree_{}",
+    "whole boxes": "boxes_{}",
+    "masks": "masks_{}",
+    "masks and boxes": "masks_and_boxes_{}"}
 
 
-def read() -> dict[str, dict[str, float]]:
-    """{run: {METHOD of tools/compare.py: mIoU}}"""
+def read() -> dict[str, dict[str, dict]]:
+    """{run: {METHOD of tools/compare.py: its scores}}"""
     files = (ROOT / "docs/voc2007").glob("*.json")
-    return {name.removeprefix("voc2007_"): {method: scores["miou"] for method, scores in by_method(run).items()}
+    return {name.removeprefix("voc2007_"): by_method(run)
             for file in files for name, run in json.loads(file.read_text("utf-8")).items()}
 
 
 def differences(runs: dict, method: str, first: list[str], second: list[str]) -> dict[int, float]:
-    """{seed: difference on Segmentation/test}"""
+    """{seed: difference on the unseen images}"""
     found = {}
     for seed in range(8):
         sides = [[runs.get(name.format(seed)) for name in names] for names in (first, second)]
         if all(sides[0] + sides[1]):
-            a, b = (mean(run[f"Segmentation/test, {method}"] for run in side) for side in sides)
+            a, b = (mean(run[f"{LIST}, {method}"]["miou"] for run in side) for side in sides)
             found[seed] = a - b
     return found
 
@@ -62,7 +81,7 @@ def cells(values: list[float]) -> str:
     return f"{', '.join(f'{v:+.1f}' for v in values)} | {interval}"
 
 
-def tables(runs: dict) -> str:
+def tables_of_differences(runs: dict) -> str:
     lines = ["| labels | seeds | seed by seed | mean | paper |", "|---|---|---|---|---|"]
     for title, kind, *sides, paper in LABELS:
         found = differences(runs, kind, *sides)
@@ -75,5 +94,27 @@ def tables(runs: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_classes(runs: dict, head: str, columns: dict[str, tuple[str, str]]) -> str:
+    """Of columns {title: (run, method)}: IoU, the mean over those of seeds 0, 1 and 2 that were trained."""
+    rows = {"seeds": []}
+    for run, method in columns.values():
+        names = {seed: run.format(seed) for seed in range(3) if run.format(seed) in runs}
+        scores = [runs[name][f"{LIST}, {method}"] for name in names.values()]
+        rows["seeds"].append(", ".join(map(str, names)))
+        for name in scores[0]["iou"]:
+            rows.setdefault(name, []).append(f"{mean(s['iou'][name] for s in scores):.1f}")
+        rows.setdefault("mean", []).append(f"{mean(s['miou'] for s in scores):.1f}")
+    rows["mean"] = rows.pop("mean")  # to the end
+    lines = [f"| {' | '.join([head, *columns])} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {' | '.join([name, *row])} |" for name, row in rows.items()])
+
+
+def tables(runs: dict) -> list[str]:
+    return [tables_of_differences(runs), table_of_classes(runs, "IoU, %", CLASSES_OF_LABELS)] + [
+        table_of_classes(runs, f"IoU, %, {name}", {
+            title: (run, method) for title, run in CLASSES_OF_SEGMENTERS.items()})
+        for name, method in (("plain", "plain"), ("final", FULL))]
+
+
 if __name__ == "__main__":
-    print(tables(read()))
+    print("\n\n".join(tables(read())))

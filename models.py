@@ -682,8 +682,9 @@ class Network(nn.Module):
     width: a factor on the channels of vgg16.
     dropout: of the channels of vgg16's fc6 and fc7.
 
-    Pretrained batch normalisation is frozen, since batches of crops are too
-    small for its statistics; freeze_norm = False trains it.
+    Pretrained batch normalisation keeps its statistics, since batches of crops
+    are too small for new ones; its scale and shift are trained. freeze_norm =
+    False trains it whole.
     """
     fc6_dilation = 12  # in VGG-16
     make_head: Any = ASPP  # for the other backbones

@@ -155,7 +155,7 @@ SEGMENTERS = {
     "cross-entropy where Ycrf and Yret agree": "agree_{}",
     "NAL, labels from logits": "nal_{}_improved", "cross-entropy, labels from logits": "crf_{}_improved",
     "cross-entropy on whole boxes": "boxes_{}", "cross-entropy on 422 true masks, no boxes": "masks_{}",
-    "NAL, 422 true masks (paper: 1,464) and other images' boxes": "masks_and_boxes_{}"}
+    "NAL, 422 true masks (paper: 1K) and other images' boxes": "masks_and_boxes_{}"}
 
 
 PAPER = {  # rows of the first table -> the paper's numbers, and those of its replication
@@ -163,7 +163,7 @@ PAPER = {  # rows of the first table -> the paper's numbers, and those of its re
     "BAP, Ycrf": ("79.2", "78.8"), "BAP, Yret": ("69.9", "69.9"), "NAL": ("62.4 / 68.1", "61.4 / 64.8"),
     "cross-entropy on Ycrf": ("- / 67.8", "- / 64.7"), "cross-entropy on Yret": ("- / 66.1", "- / 62.8"),
     "cross-entropy where Ycrf and Yret agree": ("61.8 / 67.5", "60.9 / 64.5"),
-    "NAL, 422 true masks (paper: 1,464) and other images' boxes": ("- / 70.5", "")}
+    "NAL, 422 true masks (paper: 1K) and other images' boxes": ("- / 70.5", "")}
 
 
 @functools.cache

@@ -195,6 +195,8 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill and to rename to it."""
     remove_abandoned(path.parent.glob(f".{path.name}.*.tmp"))
     folder = _temporary(path)
+    # A container's processes may all have one number.
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder

@@ -142,14 +142,15 @@ def finished_before(config: SimpleNamespace, path: Path, partial: Path,
     """Whether `path` is the result already; refuses one of other settings,
     unless run.overwrite discards it.
     """
-    if not path.exists() or partial.exists():
+    if not path.exists():
         return False
     before = runs.read_checkpoint(path).get("settings", {})
     if before == made_with:
         print(f"{path}: finished before with these settings; delete it to "
               "train again")
         return True
-    if not config.run.overwrite:
+    # With a partial one, another training is on its way to replace it.
+    if not partial.exists() and not config.run.overwrite:
         runs.refuse_changes(path, before, made_with)
     return False
 

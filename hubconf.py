@@ -1,5 +1,6 @@
 """The networks trained on VOC 2007, for torch.hub.load(REPOSITORY, NAME)."""
 import importlib.util
+import sys
 from pathlib import Path
 
 # Under a name of its own, since the caller may have a module `models`.
@@ -7,6 +8,7 @@ spec = importlib.util.spec_from_file_location(
     "bana_models", Path(__file__).with_name("models.py"))
 assert spec and spec.loader
 models = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = models  # where pickle looks for the networks
 spec.loader.exec_module(models)
 
 dependencies = ["torch", "torchvision"]  # and timm, for some files

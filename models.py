@@ -212,8 +212,9 @@ class BAP(nn.Module):
 
         # r: a product of areas (parts, hw) and f (hw, C) for each image.
         keep = torch.where(average[:, None, None], 1, 1 - attention)
-        padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)
-        x0, y0, x1, y1 = padded.to(f.dtype).split(1, 2)
+        padded = nn.utils.rnn.pad_sequence(
+            [found.to(f.dtype) for found in boxes], batch_first=True)
+        x0, y0, x1, y1 = padded.split(1, 2)
         rows = coverage(divide(y0, y1, self.bins, y0), height, h)
         columns = coverage(divide(x0, x1, self.bins, x0), width, w)
         rows, columns = upload(rows, f.device), upload(columns, f.device)
@@ -740,7 +741,7 @@ class Network(nn.Module):
         `padded_size` with the mean colour.
         """
         if not images.is_floating_point():
-            images = images.float() / 255
+            images = images.to(self.mean.dtype) / 255
         height, width = padded_size(images.shape[2:])
         right, bottom = width - images.shape[3], height - images.shape[2]
         x = F.pad((images - self.mean) / self.std, (0, right, 0, bottom))

@@ -209,6 +209,7 @@ def read(script: str, arguments: list[str]) -> SimpleNamespace:
         if "=" in argument:
             fill_from_argument(found, script, argument)
     config = SimpleNamespace(**found, path=Path("runs") / found["run"].name)
+    config.data.root = str(Path(config.data.root))  # data/ is data
     check(config)
     return config
 

@@ -683,3 +683,11 @@ def test_write_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     datasets.write(tmp_path / "file", b"content")
     temporary = f"{tmp_path}/.file.{os.getpid()}.tmp"
     assert calls == [temporary, f"{temporary} -> {tmp_path}/file"]
+
+
+def test_a_folder_that_a_process_of_the_same_number_left(tmp_path):
+    """As in containers, where it may be 1 each time."""
+    left = tmp_path / f".OUT.{os.getpid()}.tmp"
+    (left / "old").mkdir(parents=True)
+    with datasets.temporary_folder(tmp_path / "OUT") as folder:
+        assert not any(folder.iterdir())

@@ -251,3 +251,20 @@ def test_an_unfinished_run_with_other_settings_is_refused_or_lost(tmp_path):
     lost = train_tiny(tmp_path, square, lr=0.2, overwrite=True)
     new = train_tiny(tmp_path / "new", square, lr=0.2)
     assert all(torch.equal(lost[k], new[k]) for k in new)
+
+
+def test_what_was_to_be_overwritten_is_still_finished(tmp_path, capsys):
+    """While a training of other settings, which was stopped, can go on."""
+    def stop(network, batch):
+        if (tmp_path / "cls.pt.partial").exists():
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    train_tiny(tmp_path, square)
+    first = (tmp_path / "cls.pt").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, stop, lr=0.2, overwrite=True)
+    train_tiny(tmp_path, square)
+    assert "finished before" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() == first
+    train_tiny(tmp_path, square, lr=0.2)
+    assert "resuming from iteration 2" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() != first

@@ -1,4 +1,5 @@
 """hubconf.py, as torch.hub.load takes it from a folder; and published networks in the scripts."""
+import pickle
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,14 @@ def save(path, network, labels):
     state = {name: value.half() for name, value in network.state_dict().items()}
     torch.save(dict(model=state, classes=["leaf", "sea"],
                     network=dict(kind=type(network).__name__, backbone="vgg16", width=0.0625)), path)
+
+
+def test_a_network_can_be_saved_whole(hub, tmp_path):
+    save(tmp_path / "weights/voc2007_seg.pth", models.DeepLab(3, "vgg16", width=0.0625), 3)
+    network = hub("segmenter")
+    again = pickle.loads(pickle.dumps(network))
+    assert again.classes == network.classes
+    torch.testing.assert_close(again.classifier.weight, network.classifier.weight)
 
 
 def test_the_caller_may_have_a_module_models(hub, tmp_path, monkeypatch):

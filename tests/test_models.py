@@ -566,6 +566,23 @@ def test_deeplab_pads_with_the_mean_colour_at_the_right_and_bottom():
         torch.testing.assert_close(model(images), model(padded)[..., :40, :52], rtol=1e-4, atol=1e-5)
 
 
+def test_boxes_of_several_types():
+    """An image without any may have an empty tensor of integers, which must not round the others'."""
+    features, box = random_features(2, 3, 9, 9).float(), torch.tensor([[0.5, 0.5, 10.5, 10.5]])
+    mixed = BAP()(features, [torch.zeros(0, 4, dtype=torch.int64), box], (65, 65))
+    torch.testing.assert_close(mixed, BAP()(features, [torch.zeros(0, 4), box], (65, 65)))
+    rounded = BAP()(features, [torch.zeros(0, 4), box.floor()], (65, 65))
+    assert not torch.allclose(mixed.foreground, rounded.foreground)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_precisions_take_uint8(dtype):
+    model, image = small(DeepLab, 3), torch.arange(3 * 33 * 33).view(1, 3, 33, 33).to(torch.uint8)
+    with torch.no_grad():
+        expected = model(image)
+        torch.testing.assert_close(model.to(dtype)(image), expected, atol=0.05, rtol=0, check_dtype=False)
+
+
 @pytest.mark.parametrize("model", [BoxClassifier, DeepLab])
 def test_images_are_uint8_or_in_0_to_1(model):
     model = small(model)

@@ -228,12 +228,21 @@ def test_a_run_can_be_repeated_from_its_settings(tmp_path, monkeypatch):
         assert "commit " in line and "numpy " in line
 
 
-def test_a_mistyped_folder_is_not_filled_with_shapes(tmp_path, monkeypatch):
+def test_another_segmenter_and_photographs_are_not_repeated(tmp_path, monkeypatch):
+    """A run that is repeated would be scored by the old one's network, or not at all."""
     monkeypatch.chdir(tmp_path)
-    argument = "data.root=nowhere"
-    config = settings.read("train_cls", [argument])
+    runs.write_settings(settings.read("eval", ["weights=other.pt", "images=photos", "flip=true"]), "eval")
+    again = settings.read("eval", ["runs/shapes/settings.yaml"]).eval
+    assert (again.weights, again.images, again.flip) == ("", "", True)
+
+
+@pytest.mark.parametrize("script, argument", [("train_cls", "data.root=nowhere"), ("eval", "images=photos")])
+def test_the_demo_set_is_not_written_where_none_is_wanted(script, argument, tmp_path, monkeypatch):
+    """At a mistyped folder, or to segment photographs."""
+    monkeypatch.chdir(tmp_path)
+    config = settings.read(script, [argument])
     runs.write_shapes(config, [argument])
-    assert not (tmp_path / "nowhere").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_line_that_was_cut_short_swallows_no_other(tmp_path):

@@ -59,6 +59,10 @@ def test_a_bare_key_is_the_scripts_own_or_of_run():
     assert (config.train_cls.pooling, config.run.name) == ("gap", "mine")
 
 
+def test_a_folder_with_a_slash_behind_it_is_the_same():
+    assert settings.read("eval", ["data.root=data/shapes/"]) == settings.read("eval", ["data.root=data/shapes"])
+
+
 def test_values_that_look_like_numbers_stay_text():
     assert read("run.name=7").run.name == "7"
 

@@ -27,6 +27,9 @@ VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
     "horse motorbike person pottedplant sheep sofa train tvmonitor".split())
 
+IMAGE_ENDINGS = set(".jpg .jpeg .jfif .png .bmp .webp .gif .tif .tiff .ppm "
+                    ".pgm .avif .heic .heif".split())
+
 with suppress(ImportError):  # photographs of many phones
     from pillow_heif import register_heif_opener
     register_heif_opener()

@@ -33,21 +33,20 @@ class Photos(Dataset):
     """Any image files: samples of id, size (H, W) and image (3, H, W) uint8,
     no longer than max_side; or of id and fault, where a file is not an image.
 
-    pattern: a file, a folder, or a path with * for many. An id is the file's
-    name without its ending; equal names get their folder's before them.
+    pattern: a file, a folder, of which the files with an image's ending count,
+    or a path with * for many. An id is the file's name without its ending;
+    equal names get their folder's before them.
     """
 
     def __init__(self, pattern: str, max_side: int):
         place = Path(pattern)
-        if place.is_dir():
-            paths = sorted(p for p in place.iterdir() if p.name[0] != ".")
-        else:
-            found = [place] if place.exists() else map(Path,
-                                                       glob.glob(pattern))
-            paths = sorted(found)
-        paths = [path for path in paths if path.is_file()]
+        found = [place] if place.exists() else map(Path, glob.glob(pattern))
+        if place.is_dir():  # of a phone's, it holds films and others, too
+            found = [path for path in place.iterdir() if path.name[0] != "."
+                     and path.suffix.lower() in datasets.IMAGE_ENDINGS]
+        paths = sorted(path for path in found if path.is_file())
         if not paths:
-            raise UsageError(f"eval.images: {pattern}: no such files")
+            raise UsageError(f"eval.images: {pattern}: no such image files")
         self.ids = unique_names(paths)
         self.paths = dict(zip(self.ids, paths))
         if len(self.paths) < len(paths):

@@ -176,16 +176,17 @@ def test_any_pictures(work):
     assert done.returncode == 0, done.stderr
     assert Image.open(folder / "b.png").size == Image.open(folder / "b_overlay.png").size == (70, 50)
     done = command("eval", "images=nothing/*", cwd=work)
-    assert done.returncode == 2 and "no such files" in done.stderr
+    assert done.returncode == 2 and "no such image files" in done.stderr
 
 
 def test_a_folder_of_photographs(work, tmp_path):
-    """One is no image, one is longer than max_side, one is turned by EXIF."""
+    """One is no image, one is longer than max_side, one is turned by EXIF; a film lies beside it."""
     shutil.copytree(work / "runs", tmp_path / "runs")
     source = Image.open(next((work / "data/shapes/JPEGImages").iterdir()))
     folder = tmp_path / "[photos]"
     folder.mkdir()
-    (folder / "notes.txt").write_text("no image")
+    (folder / "notes.png").write_text("no image")
+    (folder / "turned.mov").write_text("no image, and not called as one")
     source.resize((200, 100)).save(folder / "long.png")
     turned = Image.Exif()
     turned[274] = 6
@@ -193,7 +194,7 @@ def test_a_folder_of_photographs(work, tmp_path):
     source.resize((30, 20)).save(folder / "long_overlay.png")
     done = command("eval", "images=[photos]", "max_side=100", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "skipped: [photos]/notes.txt" in done.stderr
+    assert "skipped: [photos]/notes.png" in done.stderr and ".mov" not in done.stderr
     results = tmp_path / "runs/shapes/pictures/plain"
     for name, size in {"long": (200, 100), "turned": (60, 80)}.items():
         for ending in ("", "_overlay" if name != "long" else "_overlay_"):

@@ -32,13 +32,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from datasets import VOC_CLASSES, VOID, DataError  # noqa: E402, I001
+from datasets import IMAGE_ENDINGS, VOC_CLASSES, VOID, DataError  # noqa: E402, I001
 from datasets import open_image, outside_boxes, palette, temporary_folder, to_rgb, write_mask  # noqa: E402
 
 JPEG = ".jpg", ".jpeg"
 KEPT = {"JPEG": JPEG, "MPO": JPEG, "PNG": (".png",)}  # MPO: a phone's JPEG
-ENDINGS = {*JPEG, *".jfif .png .bmp .webp .gif .tif .tiff .ppm .pgm .avif .heic "
-           ".heif".split()}
 MASKS = re.compile(r"(?i)/(masks?|segmentation\w*|labels|annotations|gt)/"
                    r"((train|val|test)\w*/)?[^/]*$")
 SPLITS = dict(train="train", training="train", trainval="train", val="val",
@@ -133,7 +131,7 @@ def stem_of(name):
     ending, by a path of either system, by an address, in any letters."""
     name = unquote(name.partition("?")[0]).strip().replace("\\", "/")
     path = Path(name.rpartition("/")[2])
-    stem = path.stem if path.suffix.lower() in ENDINGS else path.name
+    stem = path.stem if path.suffix.lower() in IMAGE_ENDINGS else path.name
     return unicodedata.normalize("NFC", stem).casefold()
 
 
@@ -177,7 +175,7 @@ class Export:
         self.root, self.options, self.files = root, options, [*scan(root)]
         self.faults, self.broken, self.notes = [], [], Counter()
         self.names, self.places, self.stems = [], [], defaultdict(list)
-        images = self.ending(*ENDINGS)
+        images = self.ending(*IMAGE_ENDINGS)
         masks = {p for p in images if MASKS.search(f"/{p.relative_to(root)}")}
         # Without images elsewhere it is the images' own folder.
         self.masks = masks if len(masks) < len(images) else set()

@@ -28,6 +28,7 @@ LABELS = [  # title, kind of labels, runs, minus runs, the paper's difference
 SEGMENTERS = [  # title, runs, minus runs, the paper's differences
     ("NAL - 422 true masks", ["nal_{}"], ["masks_{}"], ""),
     ("NAL - whole boxes", ["nal_{}"], ["boxes_{}"], ""),
+    ("whole boxes - 422 true masks", ["boxes_{}"], ["masks_{}"], ""),
     ("422 true masks and other images' boxes - all boxes, NAL", ["masks_and_boxes_{}"], ["nal_{}"], "- / +2.4"),
     ("NAL - cross-entropy on Ycrf", ["nal_{}"], ["crf_{}"], "- / +0.3"),
     ("NAL - cross-entropy where Ycrf and Yret agree", ["nal_{}"], ["agree_{}"], "+0.6 / +0.6"),

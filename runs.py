@@ -387,7 +387,8 @@ def write_settings(config: SimpleNamespace, script: str) -> None:
               if line.startswith("# ")}
     now = json.loads(json.dumps(  # tuples to lists
         {name: asdict(getattr(config, name)) for name in settings.SECTIONS}))
-    now["run"]["overwrite"] = False  # of this once, as what eval was given
+    # These were meant for this once.
+    now["run"]["overwrite"] = False
     now["eval"] |= dict(weights="", images="")
     current = {script, "run", "data"}
     if {"# train_cls.py", "# train_seg.py"} & header.keys() and (

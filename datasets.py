@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 PathLike = str | os.PathLike
@@ -27,8 +28,7 @@ VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
     "horse motorbike person pottedplant sheep sofa train tvmonitor".split())
 
-IMAGE_ENDINGS = set(".jpg .jpeg .jfif .png .bmp .webp .gif .tif .tiff .ppm "
-                    ".pgm .avif .heic .heif".split())
+IMAGE_ENDINGS = {*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".heic", ".heif"}
 
 with suppress(ImportError):  # photographs of many phones
     from pillow_heif import register_heif_opener

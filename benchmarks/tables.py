@@ -98,17 +98,15 @@ def tables_of_differences(runs: dict) -> str:
 
 def table_of_classes(runs: dict, head: str, columns: dict[str, tuple[str, str]]) -> str:
     """Of columns {title: (run, method)}: IoU, the mean over those of seeds 0, 1 and 2 that were trained."""
-    rows = {"seeds": []}
-    for run, method in columns.values():
-        names = {seed: run.format(seed) for seed in range(3) if run.format(seed) in runs}
-        scores = [runs[name][f"{LIST}, {method}"] for name in names.values()]
-        rows["seeds"].append(", ".join(map(str, names)))
-        for name in scores[0]["iou"]:
-            rows.setdefault(name, []).append(f"{mean(s['iou'][name] for s in scores):.1f}")
-        rows.setdefault("mean", []).append(f"{mean(s['miou'] for s in scores):.1f}")
-    rows["mean"] = rows.pop("mean")  # to the end
-    lines = [f"| {' | '.join([head, *columns])} |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {' | '.join([name, *row])} |" for name, row in rows.items()])
+    found = [{seed: runs[run.format(seed)][f"{LIST}, {method}"] for seed in range(3) if run.format(seed) in runs}
+             for run, method in columns.values()]
+    rows = [[head, *columns], ["seeds", *(", ".join(map(str, by_seed)) for by_seed in found)]]
+    names = next(iter(found[0].values()))["iou"]
+    for name in names:
+        rows.append([name, *(f"{mean(s['iou'][name] for s in by_seed.values()):.1f}" for by_seed in found)])
+    rows.append(["mean", *(f"{mean(s['miou'] for s in by_seed.values()):.1f}" for by_seed in found)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def tables(runs: dict) -> list[str]:

@@ -64,7 +64,7 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     network = for_training(config, s, network)
     optimizer = build_optimizer(network, s)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda iteration: rate(s, iteration))
+        optimizer, lambda iteration: lr_factor(s, iteration))
     parts: dict[str, Any] = dict(model=network, optimizer=optimizer,
                                  schedule=schedule)
     if runs.rank():  # each draws a dropout of its own
@@ -183,7 +183,7 @@ def build_optimizer(network: models.Network,
     return torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum)
 
 
-def rate(s: Stage, iteration: int) -> float:
+def lr_factor(s: Stage, iteration: int) -> float:
     """Factor on the learning rate at an iteration."""
     rise = min((iteration + 1) / (s.warmup + 1), 1)
     if s.drop_at:
@@ -409,15 +409,15 @@ def scores(matrix: np.ndarray, names: list[str]) -> dict:
     """
     right, true = matrix.diagonal(), matrix.sum(1)
     union = true + matrix[:, :len(names)].sum(0) - right
-    iou = dict(zip(names, shares(right, union)))
+    iou = dict(zip(names, percentages(right, union)))
     result = dict(miou=mean(iou.values()), iou=iou)
     result["pixel_accuracy"] = 100 * right.sum().item() / max(
         true.sum().item(), 1)
-    result["mean_accuracy"] = mean(shares(right, true))
+    result["mean_accuracy"] = mean(percentages(right, true))
     return result
 
 
-def shares(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
+def percentages(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
     return [100 * p / w if w else None
             for p, w in zip(part.tolist(), whole.tolist())]
 

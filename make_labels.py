@@ -7,8 +7,8 @@ Reads data.root and runs/NAME/cls.pt, or the file make_labels.weights. Writes
 to runs/NAME/labels, for the lists of make_labels.splits (by default data.train
 and data.val): Ycrf/ID.png, Yret/ID.png and box/ID.png (whole boxes as labels,
 the baseline); scores.json, over the images that have a true mask; and for a
-few images u0/ID.png and cam/ID.png, the highest u_c of each pixel, before the
-CRF. Images whose labels exist are skipped; boxes.json tells from which boxes.
+few images u0/ID.png, u_0 without its threshold, and cam/ID.png, the highest
+u_c of each pixel. Images whose labels exist are skipped; boxes.json tells from which boxes.
 """
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ class Unaries(NamedTuple):
     up: models.Upsampled  # its features
     classes: list[int]  # labels in the image, ascending
     own: Tensor  # (classes, H, W) bool: the union of each class's boxes
-    u0: Tensor  # (H, W) in [0, 1]: background attention, 1 outside boxes
+    attention: Tensor  # (H, W) in [0, 1]: A of the background, 1 outside boxes
     cams: Tensor  # (classes, H, W) in [0, 1]: u_c
     probabilities: Tensor  # (1 + classes, H, W): what the CRF starts from
 
@@ -205,10 +205,10 @@ def label_by_boxes(boxes: Tensor, labels: Tensor,
 
 
 def heat(u: Unaries) -> list[Image.Image]:
-    """u_0 and the highest u_c of each pixel, as grey pictures."""
-    nothing = torch.zeros_like(u.u0)[None]
+    """A and the highest u_c of each pixel, as grey pictures."""
+    nothing = torch.zeros_like(u.attention)[None]
     highest = torch.cat((nothing, u.cams)).amax(0)
-    grey = (torch.stack((u.u0, highest)) * 255).byte().cpu().numpy()
+    grey = (torch.stack((u.attention, highest)) * 255).byte().cpu().numpy()
     return [Image.fromarray(picture) for picture in grey]
 
 

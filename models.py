@@ -153,9 +153,10 @@ class BAP(nn.Module):
 
     def forward(self, features: Tensor, boxes: list[Tensor], image_size: Size,
                 background: Tensor | None = None) -> Pooled:
-        """features (N, C, h, w); boxes: N tensors (K_i, 4); image_size (H, W);
-        background (N, 1, H, W): 1 where a pixel is known to be background, by
-        default outside every box. Other forms: TypeError or ValueError.
+        """features (N, C, h, w); boxes: N tensors (K_i, 4); image_size (H, W)
+        of the images as the network saw them, padding included; background
+        (N, 1, H, W): 1 where a pixel is known to be background, by default
+        outside every box. Other forms: TypeError or ValueError.
 
         With boxes and background on the CPU, nothing here waits for a GPU.
         With background, torch.compile makes one graph of it. torch.export
@@ -310,7 +311,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CAFFE = dict(mean=(122.675 / 255, 116.669 / 255, 104.008 / 255),
              std=(1 / 255,) * 3)
 # The authors' start of both stages, VGG-16 with fc6 and fc7 cut (vgg16_20M),
-# and git's name of its content.
+# and the hash of its git blob.
 CAFFE_URL = (
     "https://raw.githubusercontent.com/cvlab-yonsei/BANA/"
     "345cf9402dec878264a6bd0a5a00cdc24931553f/weights/vgg_caffe.pth")
@@ -321,7 +322,7 @@ def build_backbone(
         name: str, weights: PathLike = "none", dilation: int = 1,
         width: float = 1.0, dropout: float = 0.5) -> tuple[Any, dict, set]:
     """The arguments are those of `Network`; dilation is fc6's. To add a
-    backbone, add a branch. Returns
+    backbone, add its name to BACKBONES and a branch. Returns
 
     module: maps images of sides 8 k + 1, normalised by mean and std, to
         features (N, channels, h, w), or to a list that holds only these.
@@ -492,7 +493,7 @@ def timm_backbone(name, source, state):
 BROKEN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError,
           AssertionError, ArithmeticError, EOFError, pickle.UnpicklingError,
           struct.error)
-NO_NETWORK = (
+DOWNLOAD_FAULTS = (
     URLError, ConnectionError, TimeoutError, http.client.HTTPException)
 
 
@@ -501,14 +502,14 @@ def imagenet_weights(name: str) -> State:
     entry = get_model_weights(name)["IMAGENET1K_V1"]
     try:
         return entry.get_state_dict(progress=True, check_hash=True)
-    except NO_NETWORK as error:
+    except DOWNLOAD_FAULTS as error:
         raise WeightsError(f"{entry.url}: cannot be downloaded ({error}); "
                            "set weights to a file") from None
 
 
 def caffe_file() -> str:
     """The authors' start in torch.hub's folder: downloaded once, and checked
-    each time by git's name of its content.
+    each time by the hash of its git blob.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", "vgg_caffe.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -517,7 +518,7 @@ def caffe_file() -> str:
     try:
         if missing:
             torch.hub.download_url_to_file(CAFFE_URL, str(path))
-    except NO_NETWORK as error:
+    except DOWNLOAD_FAULTS as error:
         raise WeightsError(
             f"{path}: cannot be downloaded ({error}); {way_out}") from None
     if git_blob(path) != CAFFE_BLOB:
@@ -541,8 +542,8 @@ def read_file(source: PathLike) -> Any:
     try:
         content = Path(source).read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise WeightsError(f"{source}: no such file; name another, or to "
-                           "train imagenet, caffe or none") from None
+        raise WeightsError(f"{source}: no such file; name another; to train, "
+                           "imagenet, caffe or none will do, too") from None
     READ[os.path.abspath(source)] = hashlib.sha256(content).hexdigest()
     try:
         return torch.load(
@@ -678,8 +679,8 @@ class Network(nn.Module):
 
     backbone: one of BACKBONES, or timm/NAME.
     weights: imagenet (torchvision's, timm's), caffe (the authors', for vgg16),
-        none, or a file: of such weights or of a whole network, of this class
-        or of the authors', whose backbone is taken.
+        none, or a file: of such weights, or of a whole network (cls.pt,
+        seg.pt or the authors'), whose backbone alone is taken.
     width: a factor on the channels of vgg16.
     dropout: of the channels of vgg16's fc6 and fc7.
 

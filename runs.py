@@ -485,8 +485,8 @@ def load_network(config: SimpleNamespace, name: str,
                  weights: str = "",
                  classes: Sequence[str] = ()) -> AnyNetwork:
     """The network in runs/NAME/cls.pt or seg.pt, in evaluation mode; or in
-    the file `weights`: a checkpoint of another run, or a state dict in the
-    names of the authors' code. That dict and the run's own checkpoint must
+    the file `weights`: a checkpoint of another run, or a state dict with the
+    layer names of the authors' code. That dict and the run's own checkpoint must
     be of the settings' backbone and width and of data.classes. classes: the
     network's classes to keep, as labels 1, 2, ...; by default, all.
     """

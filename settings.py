@@ -55,7 +55,7 @@ class Data:
     # bare name means Segmentation's, then Main's.
     train: str = "train_aug"
     val: str = "val"  # images that training never sees; may be empty
-    truth: str = "SegmentationClassAug"  # folder of true masks
+    truth: str = "SegmentationClassAug"  # true masks, under root
     masks: str = ""  # a list within train: stage 3 learns its true masks
 
 
@@ -102,8 +102,8 @@ class TrainCls(Training):
 @dataclass
 class MakeLabels:
     """Section `make_labels`: stage 2."""
-    # A classifier of another run or in the authors' names; empty:
-    # runs/NAME/cls.pt
+    # A classifier of another run, or one with the authors' layer names;
+    # empty: runs/NAME/cls.pt
     weights: str = ""
     splits: tuple[str, ...] = ()  # lists; empty: data.train and data.val
     u0: bool = True  # false: the background's own activation map instead
@@ -114,13 +114,13 @@ class MakeLabels:
     softmax: bool = True  # over {u0, u_c}; false: divided by their sum
     # What the CRF starts from: attention, the paper's {u0, u_c}; or logits,
     # the classifier's, k w_0 . f and k (w_c . f + d), w . f averaged over the
-    # image at these sizes, plus s cos(f, q_c), q_c the class's mean feature.
+    # image at several sizes, plus s cos(f, q_c), q_c the class's mean feature.
     # With logits the four settings above change no label.
     unary: Literal["attention", "logits"] = "attention"
     logit_scale: float = 0.05  # k
     logit_bias: float = 6.0  # d
     cosine_scale: float = 1.0  # s
-    sizes: tuple[float, ...] = (1.0, 1.5, 2.0)
+    sizes: tuple[float, ...] = (1.0, 1.5, 2.0)  # factors on its sides
     crf_bilateral: Numbers3 = (4.0, 55.0, 3.0)  # weight, pixels, colour
     crf_gaussian: Numbers2 = (3.0, 3.0)  # weight, pixels
     crf_iterations: int = 10
@@ -147,22 +147,22 @@ class TrainSeg(Training):
     # end; the weights do not depend on it.
     val_images: int = 0
     val_every: int = 500
-    keep_best: bool = False  # seg_best.pt: of these scores' highest
+    keep_best: bool = False  # the best of these scores: seg_best.pt
 
 
 @dataclass
 class Eval:
     """Section `eval`: stage 4. The paper's final score uses scales
     [0.5, 0.75, 1, 1.5], flip and crf."""
-    # A segmenter of another run or in the authors' names; empty:
-    # runs/NAME/seg.pt
+    # A segmenter of another run, or one with the authors' layer names;
+    # empty: runs/NAME/seg.pt
     weights: str = ""
     split: str = ""  # list to score; empty: data.val
     labels: str = ""  # score this folder's ID.png, not a segmenter
     # Segment these photographs instead: a file, a folder, or a path with *
     images: str = ""
     max_side: int = 1000  # pixels, to which longer photographs are reduced
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[float, ...] = (1.0,)  # image sizes, averaged
     flip: bool = False  # average over mirrored images, too
     crf: bool = False
     crf_bilateral: Numbers3 = (4.0, 121.0, 5.0)  # weight, pixels, colour
@@ -259,8 +259,10 @@ def put(found: dict, section: str, key: str, value: object,
                          f"{nearest(section, SECTIONS)}")
     kinds = get_type_hints(SECTIONS[section])
     if key not in kinds:
-        raise UsageError(f"{where}: unknown setting {section}.{key}"
-                         f"{nearest(key, kinds)}")
+        homes = [f"{name}.{key}" for name, kind in SECTIONS.items()
+                 if key in get_type_hints(kind)]
+        hint = f"; did you mean {homes[0]}?" if homes else nearest(key, kinds)
+        raise UsageError(f"{where}: unknown setting {section}.{key}{hint}")
     try:
         setattr(found[section], key, convert(value, kinds[key]))
     except (ValueError, TypeError, OverflowError):
@@ -293,8 +295,9 @@ def in_words(kind: type) -> str:
         return f"one of {', '.join(parts)}"
     if get_origin(kind) is tuple:
         count = "" if Ellipsis in parts else f"{len(parts)} "
-        return f"a list of {count}{parts[0].__name__}"
-    return f"a {kind.__name__}"
+        return f"a list of {count}{'names' if str in parts else 'numbers'}"
+    return {int: "an integer", float: "a number", str: "a string",
+            bool: "true or false"}[kind]
 
 
 def one_line(name: object) -> str:
@@ -332,7 +335,9 @@ def help_text(script: str) -> str:
     source of its dataclasses.
     """
     text = f"python {script}.py [CONFIG.yaml] [key=value ...]\n"
-    text += f"A bare key is one of {script}, or of run.\n"
+    text += f"A bare key is one of {script}, or of run. Lists are [a, b].\n"
+    text += ("The defaults below hold where CONFIG.yaml, by default "
+             "configs/shapes.yaml,\nsays nothing else.\n")
     for section in (script, "data", "run"):
         text += f"\n{section}\n"
         for kind in reversed(SECTIONS[section].__mro__[:-1]):

@@ -37,7 +37,7 @@ def maps_of(config, network, sample):
     u = make_labels.unaries(config, network, sample)
     w = network.classifier.weight.detach()
     odds = (u.up.dot(w[u.classes]) - u.up.dot(w[:1])).numpy(force=True)
-    background = 1 - u.u0.numpy(force=True)
+    background = 1 - u.attention.numpy(force=True)
     return [(label, inside.numpy(), dict(zip(MAPS, (cam, background, logit)))) for label, inside, cam, logit
             in zip(u.classes, u.own, u.cams.numpy(force=True), odds)]
 

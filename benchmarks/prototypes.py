@@ -42,7 +42,7 @@ def measure(config, network, dataset):
         u = make_labels.unaries(config, network, sample)
         masks = sample["masks"].as_subclass(torch.Tensor)
         given = [make_labels.label_by_prototypes(mask.where(mask != datasets.VOID, 0), u, w) for mask in masks]
-        wrong = wrong + mistakes(masks[0], given[0].cpu(), u.u0.cpu())
+        wrong = wrong + mistakes(masks[0], given[0].cpu(), u.attention.cpu())
         matrices = matrices + np.stack([engine.confusion(masks[0].numpy(), y_ret.byte().numpy(force=True), len(names))
                                         for y_ret in given])
     return [engine.scores(matrix, names)["miou"] for matrix in matrices], wrong

@@ -14,7 +14,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.compare import by_method, half_interval  # noqa: E402
+from tools.compare import by_key, half_interval  # noqa: E402
 from tools.paper import FULL  # noqa: E402
 
 LIST = "Segmentation/test"
@@ -56,9 +56,9 @@ CLASSES_OF_SEGMENTERS = {  # column: run
 
 
 def read() -> dict[str, dict[str, dict]]:
-    """{run: {METHOD of tools/compare.py: its scores}}"""
+    """{run: {KEY of tools/compare.py: its scores}}"""
     files = (ROOT / "docs/voc2007").glob("*.json")
-    return {name.removeprefix("voc2007_"): by_method(run)
+    return {name.removeprefix("voc2007_"): by_key(run)
             for file in files for name, run in json.loads(file.read_text("utf-8")).items()}
 
 

@@ -1,6 +1,6 @@
 """BAP in a training loop of your own, beside a copy of models.py. Each box's
 features are trained to be its class, the background's queries to be class 0.
-VOCdevkit lies in `data`; a step takes one image.
+VOC 2012 is in data/VOCdevkit/VOC2012; a step takes one image of list train.
 
 VOC's xmin and ymin count from 1. datasets.py subtracts 1; this does not.
 """

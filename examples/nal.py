@@ -1,5 +1,5 @@
-"""NAL in a training loop of your own, beside a copy of losses.py. VOCdevkit
-lies in `data`; a step takes one image.
+"""NAL in a training loop of your own, beside a copy of losses.py. VOC 2012 is
+in data/VOCdevkit/VOC2012; a step takes one image of its list train.
 
 The two labels here are stand-ins: whole boxes, and boxes without their rims.
 Any two (N, H, W) tensors of labels will do, such as Ycrf and Yret from files.

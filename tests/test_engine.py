@@ -52,17 +52,17 @@ def test_losses_are_read_in_order_and_checked():
 
 def test_learning_rate():
     s = settings.TrainSeg(iterations=100)
-    assert engine.rate(s, 0) == 1 and engine.rate(s, 50) == pytest.approx(0.5 ** 0.9)
+    assert engine.lr_factor(s, 0) == 1 and engine.lr_factor(s, 50) == pytest.approx(0.5 ** 0.9)
     s.drop_at = 60
-    assert (engine.rate(s, 59), engine.rate(s, 60)) == (1, pytest.approx(0.1))
+    assert (engine.lr_factor(s, 59), engine.lr_factor(s, 60)) == (1, pytest.approx(0.1))
 
 
 def test_learning_rate_rises_in_the_warm_up():
     s = settings.TrainSeg(iterations=100, warmup=4, poly=1.0)
-    rises = [engine.rate(s, i) / (1 - i / 100) for i in range(7)]
+    rises = [engine.lr_factor(s, i) / (1 - i / 100) for i in range(7)]
     assert rises == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
     s = settings.TrainCls(iterations=100, warmup=4, drop_at=60)
-    assert [engine.rate(s, i) for i in (0, 59, 60)] == pytest.approx([0.2, 1, 0.1])
+    assert [engine.lr_factor(s, i) for i in (0, 59, 60)] == pytest.approx([0.2, 1, 0.1])
 
 
 @pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])

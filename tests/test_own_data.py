@@ -935,7 +935,7 @@ def test_out_is_whole_or_not_there(run, monkeypatch, folder):
 
 
 @pytest.mark.parametrize("options", [["--max-side", "0"], ["--max-side", "x"], ["--rename", "cat"],
-                                     ["--rename", "cat=dog,cow=pet"], ["--what"]])
+                                     ["--rename", "cat=dog,cow=pet"], ["--classes", "cat,,cow"], ["--what"]])
 def test_wrong_options(run, options):
     flat()
     assert run("data", *options)[0] == 2

@@ -1,9 +1,9 @@
 """Runs side by side, as a Markdown table: IoU of each class, mean, standard
 deviation and 95 % t interval.
 
-    python tools/compare.py METHOD RUN [RUN ...] [minus RUN [RUN ...]]
+    python tools/compare.py KEY RUN [RUN ...] [minus RUN [RUN ...]]
 
-METHOD is a key of runs/RUN/eval.json, such as "val, plain"; or a list and a
+KEY is one of runs/RUN/eval.json, such as "val, plain"; or a list and a
 kind of labels, such as "val, Ycrf", of runs/RUN/labels/scores.json. The runs
 differ in their seed alone, if the interval is to be one over seeds (it needs
 scipy). After minus come as many runs of the same seeds, in the same order: the
@@ -17,13 +17,13 @@ from statistics import mean, stdev
 
 
 def read_scores(run: Path) -> dict[str, dict]:
-    """All scores of a run's folder, by METHOD: images, miou, iou by class."""
+    """All scores of a run's folder, by KEY: images, miou, iou by class."""
     names = "eval.json", "labels/scores.json"
-    return by_method({name: json.loads((run / name).read_text("utf-8"))
+    return by_key({name: json.loads((run / name).read_text("utf-8"))
                       for name in names if (run / name).exists()})
 
 
-def by_method(files: dict[str, dict]) -> dict[str, dict]:
+def by_key(files: dict[str, dict]) -> dict[str, dict]:
     """The same, given what is in its eval.json and labels/scores.json."""
     labels = {f"{split}, {kind}": scores
               for split, kinds in files.get("labels/scores.json", {}).items()
@@ -49,15 +49,15 @@ def row(name: str, values: Sequence[float | None]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-def find_scores(method: str, runs: Sequence[str]) -> list[dict]:
+def find_scores(key: str, runs: Sequence[str]) -> list[dict]:
     """Scores of each run. ValueError: a run has none, or of other images."""
     found = []
     for run in runs:
         scores = read_scores(Path("runs", run))
-        if method not in scores:
-            raise ValueError(f"runs/{run}: no scores of {method!r}, only of "
+        if key not in scores:
+            raise ValueError(f"runs/{run}: no scores of {key!r}, only of "
                              f"{', '.join(map(repr, scores)) or 'nothing'}")
-        found.append(scores[method])
+        found.append(scores[key])
         if found[-1]["images"] != found[0]["images"]:
             raise ValueError(f"runs/{run}: scores of {found[-1]['images']} "
                              f"images, not of {found[0]['images']}")
@@ -68,9 +68,9 @@ def minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def table(method: str, runs: Sequence[str], others: Sequence[str] = ()) -> str:
+def table(key: str, runs: Sequence[str], others: Sequence[str] = ()) -> str:
     """The table of the runs, or of their differences to the others."""
-    found = find_scores(method, [*runs, *others])
+    found = find_scores(key, [*runs, *others])
     rows = {name: [s["iou"].get(name) for s in found]
             for name in found[0]["iou"]} | {"mean": [s["miou"] for s in found]}
     heads = list(runs)
@@ -82,19 +82,20 @@ def table(method: str, runs: Sequence[str], others: Sequence[str] = ()) -> str:
         rows = {name: list(map(minus, v[:len(runs)], v[len(runs):]))
                 for name, v in rows.items()}
     heads += ["mean", "deviation", "95 %"] if len(runs) > 1 else []
-    return "\n".join([f"| {' | '.join([f'IoU, %, {method}', *heads])} |",
+    return "\n".join([f"| {' | '.join([f'IoU, %, {key}', *heads])} |",
                       "|---" * (len(heads) + 1) + "|",
                       *(row(name, values) for name, values in rows.items())])
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
-        sys.exit("usage: python tools/compare.py METHOD RUN [RUN ...] "
-                 "[minus RUN [RUN ...]]")
-    method, *runs = sys.argv[1:]
+        print("usage: python tools/compare.py KEY RUN [RUN ...] "
+              "[minus RUN [RUN ...]]", file=sys.stderr)
+        sys.exit(2)
+    key, *runs = sys.argv[1:]
     cut = runs.index("minus") if "minus" in runs else len(runs)
     try:
-        print(table(method, runs[:cut], runs[cut + 1:]))
+        print(table(key, runs[:cut], runs[cut + 1:]))
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

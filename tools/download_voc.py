@@ -29,7 +29,7 @@ from datasets import DataError, PathLike, read_list, read_mask, write, write_mas
 
 PARTS = {"2007": ("2007", "2007-test"), "2012": ("2012",)}  # torchvision's names of VOC's archives
 LAST = {"2007": "test", "2012": "train_aug"}  # a list that only the whole folder has
-NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
+DOWNLOAD_FAULTS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
            RuntimeError)  # torchvision's own: the file that came has another md5
 
 
@@ -63,7 +63,7 @@ def unpack(archives, root, folder):
         path, url = root / archive["filename"], archive["url"]
         try:
             download_url(url, root, path.name, archive["md5"])
-        except NETWORK as error:
+        except DOWNLOAD_FAULTS as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path}: cannot be fetched from {url} ({reason}); "
                             "run the same command again, or put the file there yourself") from None

@@ -45,7 +45,8 @@ def deflated(content: dict) -> bytes:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python tools/half.py cls.pt OUT.pth")
+        print("usage: python tools/half.py cls.pt OUT.pth", file=sys.stderr)
+        sys.exit(2)
     source, out = sys.argv[1:]
     try:
         content = models.read_file(source)

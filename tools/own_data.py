@@ -113,7 +113,14 @@ def name_of(value):
     return " ".join(str(value).split())
 
 
-def renamed(pair):
+# argparse calls a wrong value by these functions' names.
+
+def class_names(text):
+    """A,B of --classes"""
+    return [*map(name_of, text.split(","))]
+
+
+def renaming(pair):
     """OLD=NEW of --rename"""
     old, new = map(name_of, pair.split("="))
     return {old: new}
@@ -144,14 +151,14 @@ def scan(folder):
 
 class Picture:
     """An image, and what is said of it. Boxes: where each stands, its class,
-    x0, y0, x1, y1 in pixels from 0 on, or in shares of the image. said: the
-    size that its annotation, the file `source`, gives. size and counts, boxes
-    by class, are those in OUT."""
+    x0, y0, x1, y1 in pixels from 0 on, or normalised. said: the size that its
+    annotation, the file `source`, gives. size and counts, boxes by class, are
+    those in OUT."""
 
     def __init__(self, path):
         self.path, self.id, self.splits = path, "", set()
         self.source, self.said, self.mask = None, None, None
-        self.boxes, self.shares = [], False
+        self.boxes, self.normalised = [], False
         self.faults, self.notes = [], Counter()
         self.size, self.counts = (0, 0), Counter()
 
@@ -246,13 +253,13 @@ def read_voc(path, picture):
 
 
 def read_yolo(path, picture, names):
-    """class cx cy w h, or class x y x y x y ..., in shares."""
-    picture.shares = True
+    """class cx cy w h, or class x y x y x y ..., normalised."""
+    picture.normalised = True
     for index, line in lines(path):
         with noted(picture.faults, where := f"{path}: line {index}"):
             kind, *values = map(number, line.split())
             refuse(len(values) == 5, "a sixth number, a confidence? Drop it")
-            refuse(max(values, default=0) > 2, "pixels? YOLO's are shares")
+            refuse(max(values, default=0) > 2, "pixels? YOLO's are normalised")
             refuse(names and kind not in names, f"class {kind:g} has no name")
             if len(values) == 4:
                 x, y, w, h = values
@@ -568,7 +575,7 @@ def upright_boxes(picture, size, turn):
           "assumed"] += bool(unsure and picture.boxes)
     for where, name, box in picture.boxes:
         with noted(picture.faults, f"{where}: {name}", DataError):
-            scale = said if picture.shares else (1, 1)
+            scale = said if picture.normalised else (1, 1)
             x0, y0, x1, y1 = np.multiply(box, scale * 2).tolist()
             refuse(x1 < x0 or y1 < y0, "corners are swapped, or a side is negative")
             beyond = max(-x0, -y0, x1 - said[0], y1 - said[1])
@@ -761,11 +768,11 @@ def main():
     add("SOURCE", type=Path)
     add("OUT", type=Path, help="a new folder")
     add("--empty", action="store_true", help="no annotation means no objects")
-    add("--skip-faults", action="store_true", help="leave such images out")
+    add("--skip-faults", action="store_true", help="leave images with faults out")
     add("--max-side", type=int, default=1000, help="pixels; 1000")
-    add("--classes", type=lambda names: [*map(name_of, names.split(","))],
-        default=[], help="A,B: keep these alone")
-    add("--rename", type=renamed, action="append", default=[],
+    add("--classes", type=class_names, default=[],
+        help="A,B: keep these alone")
+    add("--rename", type=renaming, action="append", default=[],
         help="OLD=NEW; repeatable")
     options = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook

@@ -36,6 +36,9 @@ def table(config) -> str:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit()
     try:
         print(table(settings.read("eval", sys.argv[1:])))
     except settings.UsageError as error:

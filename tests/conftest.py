@@ -1,8 +1,9 @@
 """What the tests share: the import path, few threads, the folder of the VOC
-sample, and a quick way to run a script."""
+sample, and ways to run a script."""
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,16 @@ def as_script(path, arguments, cwd, files):
         code = 1
     sys.stdout.flush()
     os._exit(code)
+
+
+def without_privilege():
+    """What to put before a command so that the permissions of files hold for
+    it: root passes them by."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root may do anything, and there is no setpriv to take that from it")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def test_bilateral_rgb_std_holds_colours_apart():
         "other-height", "other-width", "int-probabilities"])
 def test_wrong_input_is_told(change):
     image, right = two_colours()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^(image is|probabilities are) .*, not (uint8|float) \("):
         dense_crf(*change(image, guess(right.astype(int), 2)))
 
 

@@ -284,6 +284,8 @@ FAULTS = {  # what is done to the folder, words that the message has
     "other image's mask": (mask(np.zeros((60, 40), np.uint8)),
                            "a.png", "(60, 40)", "(40, 60)"),
     "colours": (mask(np.zeros((40, 60, 3), np.uint8)), "a.png: RGB"),
+    "black and white": (mask(np.zeros((40, 60), bool)), "a.png: 1; save a"),
+    "see-through": (mask(np.zeros((40, 60, 4), np.uint8)), "a.png: RGBA; save"),
     "label unknown": (mask(np.full((40, 60), 4, np.uint8)),
                       "a.png: label 4", "0..3"),
     "label 254": (mask(np.full((40, 60), 254, np.uint8)), "label 254"),
@@ -311,7 +313,7 @@ def test_faults_outside_the_pixels_end_the_construction(small):
     [], ["cat", "dog", "cat"], [str(k) for k in range(255)],
     ["background", "cat"]])
 def test_class_lists_that_cannot_be(small, classes):
-    with pytest.raises(DataError, match="data.classes"):
+    with pytest.raises(DataError, match="^data.classes: needs 1 to 254 different names"):
         VOCDataset(small, "train", classes)
 
 

@@ -127,11 +127,11 @@ def test_panels_hold_two_rows(work):
     assert width == 8 * 186 + 6 and height > 2 * 120
 
 
-def test_scales_flip_and_crf_are_named_and_kept_beside_plain(work):
-    done = command("eval", "scales=[0.5, 1]", "flip=true", "crf=true", "panels=0", "run.workers=1", cwd=work)
+def test_scales_flip_and_crf_are_named_and_kept_beside_plain(spoilt):
+    done = command("eval", "scales=[0.5, 1]", "flip=true", "crf=true", "panels=0", "run.workers=1", cwd=spoilt)
     assert done.returncode == 0, done.stderr
     assert "segmenter on val, 4 images, scales 0.5 1 + flip + CRF" in done.stdout
-    results = json.loads((work / "runs" / "shapes" / "eval.json").read_text())
+    results = json.loads((spoilt / "runs" / "shapes" / "eval.json").read_text())
     assert set(results) == {"val, plain", "val, scales 0.5 1 + flip + CRF"}
 
 
@@ -156,26 +156,26 @@ def test_a_reader_that_has_seen_enough(work):
     assert process.wait() == 1 and "scores val" in said and "Pipe" not in said and "Traceback" not in said
 
 
-def test_any_pictures(work):
-    source = Image.open(next((work / "data/shapes/JPEGImages").iterdir()))
-    (work / "photos").mkdir()
-    source.save(work / "photos/grey one.png")
-    source.convert("L").resize((90, 60)).save(work / "photos/b.jpg")
-    done = command("eval", "images=photos/*", "flip=true", cwd=work)
+def test_any_pictures(spoilt):
+    source = Image.open(next((spoilt / "data/shapes/JPEGImages").iterdir()))
+    (spoilt / "photos").mkdir()
+    source.save(spoilt / "photos/grey one.png")
+    source.convert("L").resize((90, 60)).save(spoilt / "photos/b.jpg")
+    done = command("eval", "images=photos/*", "flip=true", cwd=spoilt)
     assert done.returncode == 0, done.stderr
-    folder = work / "runs/shapes/pictures/flip"
+    folder = spoilt / "runs/shapes/pictures/flip"
     for name, size in (("grey one", source.size), ("b", (90, 60))):
         labels, overlay = Image.open(folder / f"{name}.png"), Image.open(folder / f"{name}_overlay.png")
         assert labels.mode == "P" and overlay.mode == "RGB" and labels.size == overlay.size == size
         same = np.array(labels) == 0
-        original = np.array(Image.open(next((work / "photos").glob(f"{name}*"))).convert("RGB"))
+        original = np.array(Image.open(next((spoilt / "photos").glob(f"{name}*"))).convert("RGB"))
         assert (np.array(overlay)[same] == original[same]).all()
-    (work / "others").mkdir()
-    source.resize((70, 50)).save(work / "others/b.jpg")
-    done = command("eval", "images=others/b.jpg", "flip=true", cwd=work)  # another picture of the same name
+    (spoilt / "others").mkdir()
+    source.resize((70, 50)).save(spoilt / "others/b.jpg")
+    done = command("eval", "images=others/b.jpg", "flip=true", cwd=spoilt)  # another picture of the same name
     assert done.returncode == 0, done.stderr
     assert Image.open(folder / "b.png").size == Image.open(folder / "b_overlay.png").size == (70, 50)
-    done = command("eval", "images=nothing/*", cwd=work)
+    done = command("eval", "images=nothing/*", cwd=spoilt)
     assert done.returncode == 2 and "no such image files" in done.stderr
 
 

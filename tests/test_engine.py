@@ -27,6 +27,19 @@ def test_confusion_and_scores_by_hand():
     assert result["pixel_accuracy"] == pytest.approx(50) and result["mean_accuracy"] == pytest.approx(50)
 
 
+def test_scores_of_21_labels_by_hand():
+    """Label 2 is given but never true, so it counts; 20 * 22 is beyond a byte."""
+    truth = np.array([[0, 0, 0, 1, 1], [20, 20, 255, 255, 0]], np.uint8)
+    labels = np.array([[0, 0, 1, 1, 255], [20, 2, 1, 0, 0]], np.uint8)
+    matrix = engine.confusion(truth, labels, 21)
+    assert matrix[20, 20] == matrix[20, 2] == matrix[1, 21] == 1 and matrix[0, 0] == 3 and matrix.sum() == 8
+    result = engine.scores(matrix, [str(k) for k in range(21)])
+    known = {k: v for k, v in result["iou"].items() if v is not None}
+    assert known == pytest.approx({"0": 75, "1": 100 / 3, "2": 0, "20": 50})
+    assert result["pixel_accuracy"] == pytest.approx(62.5)
+    assert result["mean_accuracy"] == pytest.approx((75 + 50 + 50) / 3)
+
+
 def test_the_table_on_screen(capsys):
     box = dict(miou=60.0, iou=dict(background=60.0, cat=None), pixel_accuracy=61.0, mean_accuracy=62.0)
     crf = dict(miou=75.0, iou=dict(background=80.0, cat=70.0), pixel_accuracy=81.0, mean_accuracy=82.0)
@@ -268,3 +281,10 @@ def test_what_was_to_be_overwritten_is_still_finished(tmp_path, capsys):
     assert "finished before" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() == first
     train_tiny(tmp_path, square, lr=0.2)
     assert "resuming from iteration 2" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() != first
+
+
+def test_the_best_of_other_images_is_replaced(tmp_path):
+    path = tmp_path / "seg_best.pt"
+    for chosen, miou, kept in (("a", 50.0, 50.0), ("a", 40.0, 50.0), ("b", 30.0, 30.0)):
+        engine.keep_best(path, dict(chosen=chosen, miou=miou))
+        assert torch.load(path, weights_only=True)["miou"] == kept

@@ -44,9 +44,10 @@ class LeftOnly(torch.nn.Module):
         return torch.cat((ramp, 1 - ramp, 0 * ramp), 1)
 
 
-def test_flip_mirrors_back():
+@pytest.mark.parametrize("scales", [[1.0], [0.5, 1.0, 1.5]])
+def test_flip_mirrors_back(scales):
     image = torch.zeros(3, 8, 9, dtype=torch.uint8)
-    torch.testing.assert_close(engine.predict(LeftOnly(), image, [1.0], True)[:2], torch.full((2, 8, 9), 0.5))
+    torch.testing.assert_close(engine.predict(LeftOnly(), image, scales, True)[:2], torch.full((2, 8, 9), 0.5))
 
 
 @pytest.mark.parametrize("changes, name", [
@@ -116,7 +117,7 @@ def test_photographs_that_no_name_tells_apart_are_refused(tmp_path):
 
 
 def test_longer_photographs_are_predicted_at_max_side(tmp_path):
-    Image.new("RGB", (200, 100)).save(tmp_path / "long.png")
+    Image.new("RGB", (200, 100)).save(tmp_path / "long.PNG")
     Image.new("RGB", (90, 60)).save(tmp_path / "short.png")
     (tmp_path / ".hidden.png").write_bytes(b"")
     photos = evaluation.Photos(str(tmp_path), 100)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, without_privilege
 from conftest import script as run_script
 
 import datasets
@@ -138,15 +138,6 @@ def test_a_file_where_the_folder_belongs(folder):
     (folder / "runs").write_text("a file")
     done = command("train_cls", "run.workers=0", cwd=folder)
     assert "runs" in last_line(done)
-
-
-def without_privilege():
-    """What to put before a command so that the permissions of files hold for it: root passes them by."""
-    if os.geteuid():
-        return []
-    if not shutil.which("setpriv"):
-        pytest.skip("root may write anywhere, and there is no setpriv to take that from it")
-    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
 
 
 @pytest.mark.parametrize("script", ["train_cls", "make_labels"])

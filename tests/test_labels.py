@@ -73,6 +73,11 @@ def test_no_background_outside_uses_the_activation_map():
     torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-9)
 
 
+def test_no_activation_of_the_background_is_zero():
+    up, _, weight, _, _, outside = scene(0, boxes=((0, 0, WIDTH, HEIGHT),), labels=(1,))
+    assert not make_labels.background_attention(up, 0 * weight, outside, settings.MakeLabels()).any()
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("norm", ["box", "class"])
 def test_activation_maps(seed, norm):
@@ -98,6 +103,13 @@ def test_unaries():
             assert result[:, y, x].tolist() == pytest.approx([math.exp(v) / total for v in u], rel=1e-5)
             if sum(u) > 0.01:
                 assert summed[:, y, x].tolist() == pytest.approx([v / sum(u) for v in u], rel=1e-3, abs=1e-3)
+
+
+def test_the_maximum_reaches_any_threshold():
+    everywhere = torch.ones(2, 2)
+    s = settings.MakeLabels(threshold=1.0)
+    probabilities = make_labels.to_probabilities(everywhere, torch.zeros(1, 2, 2), everywhere < 0, s)
+    assert probabilities[0].flatten().tolist() == pytest.approx([math.e / (math.e + 1)] * 4)
 
 
 def softmax_by_hand(scores):
@@ -200,6 +212,11 @@ def test_labels_of_boxes_put_the_smaller_box_on_top():
     boxes, labels = torch.tensor([[0., 0, 4, 4], [1, 1, 3, 3], [3, 0, 6, 2]]), torch.tensor([1, 2, 3])
     expected = [[1, 1, 1, 3, 3, 3], [1, 2, 2, 3, 3, 3], [1, 2, 2, 1, 0, 0], [1, 1, 1, 1, 0, 0]]
     assert make_labels.label_by_boxes(boxes, labels, (4, 6)).tolist() == expected
+
+
+def test_labels_of_boxes_hold_each_pixel_that_a_box_touches():
+    found = make_labels.label_by_boxes(torch.tensor([[0.6, 1.2, 2.4, 2.3]]), torch.tensor([2]), (4, 4))
+    assert found.tolist() == [[0] * 4, [2, 2, 2, 0], [2, 2, 2, 0], [0] * 4]
 
 
 def test_no_boxes():

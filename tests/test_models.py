@@ -937,6 +937,14 @@ def test_weights_that_cannot_be_had(hub):
         one_line(error)
 
 
+@pytest.mark.parametrize("backbone, weights, width, words", [
+    ("resnet50", "caffe", 1, "caffe does not exist for resnet50"), ("vgg16_bn", "caffe", 1, "caffe does not exist"),
+    ("resnet50", "none", 0.5, "width: 0.5 is for vgg16")])
+def test_weights_and_widths_that_do_not_exist(backbone, weights, width, words):
+    with pytest.raises(WeightsError, match=words):
+        DeepLab(3, backbone, weights, width)
+
+
 @pytest.mark.parametrize("backbone, width", [("vgg16_bn", 0.0625), ("timm/tf_efficientnet_lite0", 1.0)])
 def test_a_checkpoint_gives_its_backbone(tmp_path, backbone, width):
     classifier = BoxClassifier(3, backbone, width=width)

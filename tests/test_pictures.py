@@ -57,9 +57,11 @@ def drawn(folder):
 
 
 def test_boxes_are_drawn_on_their_own_pixels():
-    picture = pictures.outlined(np.zeros((20, 30, 3), np.uint8), torch.tensor([[2.0, 3, 12, 15]]), torch.tensor([1]))
-    found = np.argwhere(np.array(picture).any(2))
+    picture = pictures.outlined(np.zeros((20, 30, 3), np.uint8), torch.tensor([[2.0, 3, 12, 15]]), torch.tensor([2]))
+    pixels = np.array(picture)
+    found = np.argwhere(pixels.any(2))
     assert found.min(0).tolist() == [3, 2] and found.max(0).tolist() == [14, 11]
+    assert pixels[3, 2].tolist() == [0, 128, 0] and not pixels[9, 7].any()
 
 
 def test_heat_is_half_of_each_pixel():
@@ -292,3 +294,17 @@ def test_without_tensorboard_nothing_changes(run, monkeypatch, capsys):
     assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
     assert json.loads((run.path / "metrics.jsonl").read_text())["loss"] == 9.0
     assert capsys.readouterr() == ("", "")
+
+
+def test_panels_lie_in_their_rows_and_no_label_is_blended(tmp_path, monkeypatch):
+    shades = dict(zip("abcd", (40, 80, 120, 160)))
+    stripes = Image.fromarray(np.tile(np.uint8([0, 255]), (45, 45)))
+    monkeypatch.setattr(pictures, "panel", lambda config, name, *others: {
+        "boxes": Image.new("RGB", (90, 45), (shades[name],) * 3), "Ycrf": stripes})
+    config = settings.read("eval", ["panels=2"])
+    config.path = tmp_path
+    pictures.draw_panels(config, dict.fromkeys("abcd"), Path("made"))
+    sheet = np.array(Image.open(tmp_path / "panels.png"))
+    for top, name in ((22, "a"), (22 + 90 + 6, "c")):  # evenly spaced
+        assert (sheet[top:top + 90, 6:186] == shades[name]).all()
+        assert set(sheet[top:top + 90, 192:372].flat) == {0, 255}

@@ -61,6 +61,8 @@ def test_two_folders_are_ycrf_and_yret(folder):
     both = f"labels=[{first}, other]"
     for loss in ("crf", "ret", "agree"):
         assert train(folder, both, f"loss={loss}", f"name={loss}").returncode == 0
+    lines = map(json.loads, (folder / "runs/agree/metrics.jsonl").read_text().splitlines())
+    assert {line["loss"] for line in lines if "loss" in line} == {0}
     assert train(folder, "labels=[other]", "loss=crf", "name=other").returncode == 0
     assert train(folder, f"labels=[{first}]", "loss=crf", "name=first").returncode == 0
     for one, same in (("crf", "first"), ("ret", "other")):

@@ -137,7 +137,8 @@ def test_table_of_unaries(folder):
         [sys.executable, ROOT / "benchmarks/unaries.py", ROOT / "configs/shapes.yaml", "val", "cls.pt",
          "run.workers=0", "run.device=cpu", "crf_iterations=1"], capture_output=True, text=True)
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert len(rows) == 8 == len({tuple(cells) for _, *cells in rows}) and rows[0][0] == details.SETTINGS and rows[3][0] == "k 0.05, d 6, s 1, sizes 1, 1.5, 2"
+    assert len(rows) == 8 == len({tuple(cells) for _, *cells in rows})
+    assert rows[0][0] == details.SETTINGS and rows[3][0] == "k 0.05, d 6, s 1, sizes 1, 1.5, 2"
 
 
 def test_mistakes_are_counted_pixel_by_pixel():

@@ -8,7 +8,8 @@ to runs/NAME/labels, for the lists of make_labels.splits (by default data.train
 and data.val): Ycrf/ID.png, Yret/ID.png and box/ID.png (whole boxes as labels,
 the baseline); scores.json, over the images that have a true mask; and for a
 few images u0/ID.png, u_0 without its threshold, and cam/ID.png, the highest
-u_c of each pixel. Images whose labels exist are skipped; boxes.json tells from which boxes.
+u_c of each pixel. Images whose labels exist are skipped; boxes.json tells from
+which boxes.
 """
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -486,9 +486,9 @@ def load_network(config: SimpleNamespace, name: str,
                  classes: Sequence[str] = ()) -> AnyNetwork:
     """The network in runs/NAME/cls.pt or seg.pt, in evaluation mode; or in
     the file `weights`: a checkpoint of another run, or a state dict with the
-    layer names of the authors' code. That dict and the run's own checkpoint must
-    be of the settings' backbone and width and of data.classes. classes: the
-    network's classes to keep, as labels 1, 2, ...; by default, all.
+    layer names of the authors' code. That dict and the run's own checkpoint
+    must be of the settings' backbone and width and of data.classes. classes:
+    the network's classes to keep, as labels 1, 2, ...; by default, all.
     """
     path = Path(weights) if weights else config.path / name
     content = models.read_file(path) if weights else read_checkpoint(path)

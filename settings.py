@@ -261,7 +261,8 @@ def put(found: dict, section: str, key: str, value: object,
     if key not in kinds:
         homes = [f"{name}.{key}" for name, kind in SECTIONS.items()
                  if key in get_type_hints(kind)]
-        hint = f"; did you mean {homes[0]}?" if homes else nearest(key, kinds)
+        hint = (f"; did you mean {' or '.join(homes)}?" if homes
+                else nearest(key, kinds))
         raise UsageError(f"{where}: unknown setting {section}.{key}{hint}")
     try:
         setattr(found[section], key, convert(value, kinds[key]))

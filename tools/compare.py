@@ -20,7 +20,7 @@ def read_scores(run: Path) -> dict[str, dict]:
     """All scores of a run's folder, by KEY: images, miou, iou by class."""
     names = "eval.json", "labels/scores.json"
     return by_key({name: json.loads((run / name).read_text("utf-8"))
-                      for name in names if (run / name).exists()})
+                   for name in names if (run / name).exists()})
 
 
 def by_key(files: dict[str, dict]) -> dict[str, dict]:

@@ -30,7 +30,7 @@ from datasets import DataError, PathLike, read_list, read_mask, write, write_mas
 PARTS = {"2007": ("2007", "2007-test"), "2012": ("2012",)}  # torchvision's names of VOC's archives
 LAST = {"2007": "test", "2012": "train_aug"}  # a list that only the whole folder has
 DOWNLOAD_FAULTS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
-           RuntimeError)  # torchvision's own: the file that came has another md5
+                   RuntimeError)  # torchvision's own: the file that came has another md5
 
 
 def download(year: str, root: PathLike) -> Path:

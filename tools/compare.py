@@ -3,7 +3,7 @@ deviation and 95 % t interval.
 
     python tools/compare.py KEY RUN [RUN ...] [minus RUN [RUN ...]]
 
-KEY is one of runs/RUN/eval.json, such as "val, plain"; or a list and a
+KEY is a key of runs/RUN/eval.json, such as "val, plain"; or a list and a
 kind of labels, such as "val, Ycrf", of runs/RUN/labels/scores.json. The runs
 differ in their seed alone, if the interval is to be one over seeds (it needs
 scipy). After minus come as many runs of the same seeds, in the same order: the

@@ -13,10 +13,8 @@ import shutil
 import socket
 import ssl
 import sys
-from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.error import URLError
 
 from torchvision.datasets import SBDataset
 from torchvision.datasets.utils import download_url, extract_archive
@@ -26,11 +24,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 
 from datasets import DataError, PathLike, read_list, read_mask, write, write_mask
+from models import DOWNLOAD_FAULTS
 
 PARTS = {"2007": ("2007", "2007-test"), "2012": ("2012",)}  # torchvision's names of VOC's archives
 LAST = {"2007": "test", "2012": "train_aug"}  # a list that only the whole folder has
-DOWNLOAD_FAULTS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
-                   RuntimeError)  # torchvision's own: the file that came has another md5
+# RuntimeError is torchvision's own: the file that came has another md5.
+FAULTS = *DOWNLOAD_FAULTS, ssl.SSLError, RuntimeError
 
 
 def download(year: str, root: PathLike) -> Path:
@@ -63,7 +62,7 @@ def unpack(archives, root, folder):
         path, url = root / archive["filename"], archive["url"]
         try:
             download_url(url, root, path.name, archive["md5"])
-        except DOWNLOAD_FAULTS as error:
+        except FAULTS as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path}: cannot be fetched from {url} ({reason}); "
                             "run the same command again, or put the file there yourself") from None

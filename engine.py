@@ -74,12 +74,7 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
         runs.write_settings(config, script)
         if not done:
             best.unlink(missing_ok=True)  # of an earlier training
-    if config.run.compile:
-        network.backbone.compile()
-    # DDP has no device_ids: they would make it move the boxes to the GPU,
-    # and wait for each.
-    model = (nn.parallel.DistributedDataParallel(network)
-             if dist.is_initialized() else network)
+    model = compiled_and_parallel(config, network)
 
     def checkpoint():
         return dict(network=runs.description(network, s),
@@ -92,17 +87,10 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
     for iteration, batch in enumerate(progress, done + 1):
         if iteration == 1:
             runs.log(config, script, 0)  # where curves.png begins
-        batch["image"] = models.upload(batch["image"], config.device).to(
-            memory_format=torch.channels_last)
-        with autocast(config):
-            values = objective(model, batch)
-        optimizer.zero_grad(set_to_none=True)
-        values["loss"].backward()
-        optimizer.step()
         lr = float(schedule.get_last_lr()[0])
+        values = step(config, model, batch, objective, optimizer)
         schedule.step()
 
-        values = {name: v.detach() for name, v in values.items()}
         unread.append((iteration, batch["id"], values))
         last = iteration == s.iterations
         validates = val and (iteration % s.val_every == 0 or last)
@@ -127,10 +115,7 @@ def train(config: SimpleNamespace, script: str, network: models.Network,
                     **{key: v.state_dict() for key, v in parts.items()}))
 
     if runs.rank() == 0:
-        for name, value in inputs().items():
-            if value != inputs_before[name]:
-                raise UsageError(f"{name}: changed during the training; "
-                                 "start it again, with overwrite=true")
+        refuse_changed_inputs(inputs_before, inputs())
         runs.save(path, checkpoint())
         partial.unlink(missing_ok=True)
     runs.barrier()
@@ -153,6 +138,38 @@ def finished_before(config: SimpleNamespace, path: Path, partial: Path,
     if not partial.exists() and not config.run.overwrite:
         runs.refuse_changes(path, before, made_with)
     return False
+
+
+def refuse_changed_inputs(before: dict, now: dict) -> None:
+    for name, value in now.items():
+        if value != before[name]:
+            raise UsageError(f"{name}: changed during the training; start it "
+                             "again, with overwrite=true")
+
+
+def step(config: SimpleNamespace, model: nn.Module, batch: dict,
+         objective: Callable,
+         optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """One iteration; returns what the objective did, without gradients."""
+    batch["image"] = models.upload(batch["image"], config.device).to(
+        memory_format=torch.channels_last)
+    with autocast(config):
+        values = objective(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    values["loss"].backward()
+    optimizer.step()
+    return {name: value.detach() for name, value in values.items()}
+
+
+def compiled_and_parallel(config: SimpleNamespace,
+                          network: models.Network) -> nn.Module:
+    if config.run.compile:
+        network.backbone.compile()
+    if not dist.is_initialized():
+        return network
+    # No device_ids: they would make it move the boxes to the GPU, and wait
+    # for each.
+    return nn.parallel.DistributedDataParallel(network)
 
 
 def for_training(config: SimpleNamespace, s: Stage,

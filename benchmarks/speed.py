@@ -144,20 +144,16 @@ def training_step(s, network, batch, loss, form):
     image = torch.randint(0, 256, shape, dtype=torch.uint8)
     batch["image"] = image.to(DEVICE, memory_format=torch.channels_last)
     normal = cache(lambda: torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last))
-    autocast = lambda: torch.autocast(DEVICE.type, torch.bfloat16, enabled="bf16" in form)  # noqa: E731
+    config = SimpleNamespace(device=DEVICE, run=settings.Run(precision="bf16" if "bf16" in form else "fp32"))
     backbone = network.backbone.forward  # the floor is never compiled
     if "compile" in form:
         network.backbone.compile()
 
     def step():
-        with autocast():
-            value = loss(network, batch)["loss"]
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        optimizer.step()
+        engine.step(config, network, batch, loss, optimizer)
 
     def floor():
-        with autocast():
+        with engine.autocast(config):
             features = backbone(normal())
         network.backbone.zero_grad(set_to_none=True)
         features.backward(features.detach())

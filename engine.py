@@ -129,7 +129,8 @@ def finished_before(config: SimpleNamespace, path: Path, partial: Path,
     """
     if not path.exists():
         return False
-    before = runs.read_checkpoint(path).get("settings", {})
+    before = runs.with_new_settings(
+        runs.read_checkpoint(path).get("settings"), made_with)
     if before == made_with:
         print(f"{path}: finished before with these settings; delete it to "
               "train again")
@@ -273,7 +274,7 @@ def resume(config: SimpleNamespace, partial: Path, made_with: dict,
         return 0
     try:
         saved: Any = models.read_file(partial)
-        before = saved["settings"]
+        before = runs.with_new_settings(saved["settings"], made_with)
         if before != made_with and config.run.overwrite:
             return 0
         runs.refuse_changes(partial, before, made_with)

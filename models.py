@@ -122,7 +122,7 @@ class Pooled(NamedTuple):
     """Image by image; in an image, bins and grid cells go row by row."""
     foreground: Tensor  # (sum K_i, bins * bins, C): r
     queries: Tensor  # (J, C): q of the grid cells that hold background
-    attention: Tensor  # (N, 1, h, w) in [0, 1]: A
+    attention: Tensor  # (N, 1, h, w) in [0, 1]: A, 1 where `background` is
 
 
 class BAP(nn.Module):
@@ -477,11 +477,7 @@ def timm_backbone(name, source, state):
     if cells != (9, 9) or 2 in pools or (2, 2) in pools:
         raise WeightsError(f"backbone timm/{name}: its cells do not lie on "
                            "every eighth pixel; choose another")
-    for m in module.train().modules():
-        grouped = type(m) is nn.Conv2d and m.groups > 1
-        if grouped and m.dilation != (1, 1):
-            m.__class__ = DilatedGroups
-    module.channels = module.feature_info.channels()[-1]
+    module.train().channels = module.feature_info.channels()[-1]
     made = timm.get_pretrained_cfg(name)
     loaded = set(module.state_dict()) if source != "none" else set()
     return module, dict(mean=made.mean, std=made.std), loaded
@@ -702,6 +698,10 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, colours, loaded = build_backbone(
             backbone, weights, self.fc6_dilation, width, dropout)
+        for m in self.backbone.modules():
+            grouped = type(m) is nn.Conv2d and m.groups > 1
+            if grouped and m.dilation != (1, 1):
+                m.__class__ = DilatedGroups
         self.loaded = {f"backbone.{name}" for name in loaded}
         self.freeze_norm = bool(loaded)
         self.head, last = nn.Identity(), self.backbone
@@ -837,7 +837,10 @@ def network_of(content: Any, path: PathLike) -> BoxClassifier | DeepLab:
         raise WeightsError(f"{path}: {fault}") from None
     except (LookupError, TypeError, AttributeError, ValueError):
         raise WeightsError(f"{path}: not a cls.pt or seg.pt") from None
-    copy_state(network, state_of(content, path), path)
+    # Only training pools; the parameters of another pooling are not needed.
+    state = {name: value for name, value in state_of(content, path).items()
+             if not name.startswith("pooling.")}
+    copy_state(network, state, path)
     network.classes = classes
     network.chosen = content.get("chosen", "")
     return network.eval()

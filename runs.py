@@ -318,9 +318,19 @@ def settings_of(config: SimpleNamespace, section: str, *others: str,
     return values
 
 
-def refuse_changes(path: Path, before: object, now: dict) -> None:
-    """Refuses to continue or replace what other settings made."""
+def with_new_settings(before: object, now: dict) -> dict:
+    """The settings `before`, which made a file; those that were added to
+    settings.py since then have their defaults, which must not change results.
+    """
     before = before if isinstance(before, dict) else {}
+    defaults = {f"{name}.{key}": list(v) if isinstance(v, tuple) else v
+                for name, section in settings.SECTIONS.items()
+                for key, v in asdict(section()).items()}
+    return {key: defaults[key] for key in now if key in defaults} | before
+
+
+def refuse_changes(path: Path, before: dict, now: dict) -> None:
+    """Refuses to continue or replace what other settings made."""
     changed = [f"{key} {reprlib.repr(before.get(key))} -> "
                f"{reprlib.repr(now.get(key))}" for key in {**before, **now}
                if before.get(key) != now.get(key)]
@@ -355,6 +365,9 @@ def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
     before = read_json(stamp)
     trash = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(trash, ignore_errors=True)
+    if "settings" in before:
+        before["settings"] = with_new_settings(before["settings"],
+                                               now["settings"])
     if before == now:
         return
     if "settings" in before and not overwrite:

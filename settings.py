@@ -123,7 +123,7 @@ class MakeLabels:
     sizes: tuple[float, ...] = (1.0, 1.5, 2.0)  # factors on its sides
     crf_bilateral: Numbers3 = (4.0, 55.0, 3.0)  # weight, pixels, colour
     crf_gaussian: Numbers2 = (3.0, 3.0)  # weight, pixels
-    crf_iterations: int = 10
+    crf_iterations: int = 10  # 0: no CRF
     pictures: int = 8  # images of each list whose u0 and u_c are kept
 
 
@@ -181,7 +181,7 @@ LEAST = dict(
     decay=0, warmup=0, poly=0, grid=1, bins=1, pictures=0, panels=0,
     max_side=9, val_images=0, val_every=1,
     scales=0.01, sizes=0.01, crf_bilateral=0.1, crf_gaussian=0.1,
-    crf_iterations=1)
+    crf_iterations=0)
 # What yaml and json raise; the last five for a tag such as !!int x, or too
 # deep.
 UNREADABLE = (yaml.YAMLError, ValueError, LookupError, TypeError,

@@ -88,7 +88,7 @@ def main(config_file, split, y_crf, y_ret, run, *changes):
     folder = Path("runs", run)
     network = models.load(folder / "seg.pt").to(config.device, memory_format=torch.channels_last)
     kept = {int(re.findall(r"\d+", path.stem)[0]): path for path in folder.glob("seg_[0-9]*.pt")}
-    kept[config.train_seg.iterations] = folder / "seg.pt"
+    kept[network.trained_with["train_seg.iterations"]] = folder / "seg.pt"
     for iteration, path in sorted(kept.items()):
         network.load_state_dict(models.read_file(path)["model"])
         print(row(iteration, histograms(config, network, dataset)))

@@ -251,6 +251,25 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tmp_path, c
     assert (tmp_path / "cls.pt").read_bytes() != first
 
 
+@pytest.mark.parametrize("file, words", [("cls.pt", "finished before"), ("cls.pt.partial", "from iteration 2")])
+def test_a_training_older_than_a_setting_had_its_default(tmp_path, capsys, file, words):
+    """So that a new setting does not put an end to the trainings of before."""
+    def stop(network, batch):
+        if (tmp_path / file).exists():
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    with suppress(KeyboardInterrupt):
+        train_tiny(tmp_path, stop)
+    content = torch.load(tmp_path / file, weights_only=True)
+    del content["settings"]["run.precision"]
+    torch.save(content, tmp_path / file)
+    with pytest.raises(UsageError, match="settings: run.precision 'fp32' -> 'bf16'; set"):
+        train_tiny(tmp_path, square, precision="bf16")
+    train_tiny(tmp_path, square)
+    assert words in capsys.readouterr().out
+
+
 def test_an_unfinished_run_with_other_settings_is_refused_or_lost(tmp_path):
     def stop(network, batch):
         if (tmp_path / "cls.pt.partial").exists():

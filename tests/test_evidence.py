@@ -53,9 +53,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def checkpoint(network, path):
+def checkpoint(network, path, **made_with):
     runs.save(path, dict(network=dict(kind=type(network).__name__, backbone="vgg16", width=0.0625),
-                         classes=list(SHAPES), model=network.state_dict()))
+                         classes=list(SHAPES), settings=made_with, model=network.state_dict()))
 
 
 def test_table_of_maps(folder, capsys):
@@ -88,7 +88,7 @@ def test_maps_that_are_the_truth(folder, capsys, monkeypatch):
 
 def test_table_of_sigma(folder, capsys):
     network = models.DeepLab(1 + len(SHAPES), width=0.0625)
-    checkpoint(network, folder / "runs/a/seg.pt")
+    checkpoint(network, folder / "runs/a/seg.pt", **{"train_seg.iterations": 30})
     torch.nn.init.normal_(network.classifier.weight)
     runs.save(folder / "runs/a/seg_10.pt", dict(model=network.state_dict(), iteration=10))
     truth = folder / "data/shapes/SegmentationClassAug"
@@ -104,7 +104,7 @@ def test_table_of_sigma(folder, capsys):
     assert f"agree on {100 * (1 - differ / counts[:255].sum()):.1f} %" in said and "right on 100.0 % of" in said
     assert f"Ycrf is right on {100 * counts[1] / differ:.1f} %, Yret on 0.0 %" in said
     rows = [line.strip("| ").split(" | ") for line in said.splitlines()[-2:]]
-    assert [row[0] for row in rows] == ["10", "900"] and rows[0][1:] != rows[1][1:]
+    assert [row[0] for row in rows] == ["10", "30"] and rows[0][1:] != rows[1][1:]
 
 
 def test_table_of_details(folder, capsys):

@@ -24,6 +24,11 @@ def random_case(N=2, L=4, H=5, W=6, differ=0.4, void=0.2, seed=0, ignore_index=V
     return cosine, y_crf, y_ret
 
 
+def test_every_loss_is_compared():
+    found = {name for name in vars(losses) if name.endswith(("_loss", "_entropy"))}
+    assert found == {*TWO_LABELS, "cross_entropy"}
+
+
 def value_and_gradient(loss, cosine):
     loss = torch.as_tensor(loss, dtype=torch.float64) + 0 * cosine.sum()
     return loss.detach(), torch.autograd.grad(loss, cosine)[0]

@@ -817,6 +817,15 @@ def test_every_dilated_grouped_layer_of_timm_is_ours(backbone):
     assert len(dilated) >= 7 and all(type(m) is models.DilatedGroups for m in dilated)
 
 
+def test_so_is_every_one_of_a_backbone_that_somebody_adds(monkeypatch):
+    """An own branch of build_backbone gets the same protection."""
+    layers = [nn.Conv2d(3, 4, 1, 8), nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4), nn.Conv2d(4, 4, 3, 1, 1)]
+    module = nn.Sequential(*layers)
+    module.channels = 4
+    monkeypatch.setattr(models, "build_backbone", lambda *_: (module, models.IMAGENET, set()))
+    assert [type(m) for m in DeepLab(3, "mine").backbone] == [nn.Conv2d, models.DilatedGroups, nn.Conv2d]
+
+
 BF16_GRADIENTS = """
 import sys
 import torch
@@ -976,6 +985,18 @@ def test_load(tmp_path, kind, labels):
     held = network.state_dict()
     assert held.keys() == state.keys()
     assert all(torch.equal(held[name], value) for name, value in state.items())
+
+
+def test_load_does_without_what_another_pooling_learnt(tmp_path):
+    """Stage 2 does not pool, so a classifier that was trained with somebody's own pooling makes labels all the same."""
+    network = BoxClassifier(2, "vgg16", width=0.0625, pooling=BAP())
+    network.pooling.power = nn.Parameter(torch.ones(1))
+    made = dict(kind="BoxClassifier", backbone="vgg16", width=0.0625)
+    torch.save(dict(network=made, classes=["a", "b"], model=network.state_dict()), tmp_path / "cls.pt")
+    loaded = models.load(tmp_path / "cls.pt")
+    expected = dict(network.named_parameters())
+    assert expected.keys() - dict(loaded.named_parameters()).keys() == {"pooling.power"}
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.named_parameters())
 
 
 def test_load_refuses_what_is_no_checkpoint(tmp_path):

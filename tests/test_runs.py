@@ -120,6 +120,16 @@ def test_outdated_files_are_discarded_or_refused(tmp_path):
         opened(tmp_path)
 
 
+def test_labels_older_than_a_setting_had_its_default(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "labels/x.png").write_bytes(b"label")
+    added = {"a.b": 1, "make_labels.crf_gaussian": [3.0, 3.0], "make_labels.unary": "attention"}
+    opened(tmp_path, added)
+    with pytest.raises(UsageError, match="settings: make_labels.unary 'attention' -> 'logits'; set"):
+        opened(tmp_path, added | {"make_labels.unary": "logits"})
+    assert (tmp_path / "labels/x.png").exists()
+
+
 def test_the_checkpoint_that_was_read_is_remembered(tmp_path):
     """Not another one, that replaced it meanwhile."""
     path = tmp_path / "cls.pt"

@@ -63,6 +63,10 @@ def test_a_folder_with_a_slash_behind_it_is_the_same():
     assert settings.read("eval", ["data.root=data/shapes/"]) == settings.read("eval", ["data.root=data/shapes"])
 
 
+def test_labels_may_be_made_without_the_crf():
+    assert read("make_labels.crf_iterations=0").make_labels.crf_iterations == 0
+
+
 def test_values_that_look_like_numbers_stay_text():
     assert read("run.name=7").run.name == "7"
 

@@ -1,6 +1,7 @@
 """Stage 3 on labels from anywhere: one folder or two, their content remembered."""
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_two_folders_are_ycrf_and_yret(folder):
     assert not torch.equal(weights(folder, "crf")["classifier.weight"], weights(folder, "ret")["classifier.weight"])
 
 
-@pytest.mark.parametrize("loss", ["nal", "crf", "ret", "agree", "entropy", "bootstrap"])
+@pytest.mark.parametrize("loss", get_args(get_type_hints(settings.TrainSeg)["loss"]))
 def test_the_loss_that_the_settings_name(loss):
     cosine, y_crf, y_ret = both = [part.detach() for part in random_case()]
     s = settings.TrainSeg(loss=loss, gamma=2.0, weight=0.7, temperature=5.0)

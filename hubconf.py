@@ -15,16 +15,24 @@ dependencies = ["torch", "torchvision"]  # and timm, for some files
 WEIGHTS = Path(__file__).parent / "weights"
 
 
+def _load(path, kind):
+    network = models.load(path)
+    if not isinstance(network, kind):
+        raise ValueError(f"{path}: a {type(network).__name__}, not a "
+                         f"{kind.__name__}")
+    return network
+
+
 def classifier(path=""):
     """Stage 1's network, of images and boxes, in evaluation mode, with its
     `classes`; from a cls.pt, if `path` names one. ValueError: the file is
-    missing or is not a checkpoint.
+    missing or holds something else.
     """
-    return models.load(path or WEIGHTS / "voc2007_cls.pth")
+    return _load(path or WEIGHTS / "voc2007_cls.pth", models.BoxClassifier)
 
 
 def segmenter(path=""):
     """Stage 3's network: images (N, 3, H, W), RGB, uint8 or in [0, 1] ->
     cosine maps (N, 1 + classes, H, W); else as classifier, of a seg.pt.
     """
-    return models.load(path or WEIGHTS / "voc2007_seg.pth")
+    return _load(path or WEIGHTS / "voc2007_seg.pth", models.DeepLab)

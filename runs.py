@@ -517,7 +517,8 @@ def load_network(config: SimpleNamespace, name: str,
     if not weights and content["network"] != here:
         raise UsageError(f"{path}: holds the network "
                          f"{reprlib.repr(content['network'])}, but the "
-                         f"settings say {here}")
+                         f"settings say {here}; give all stages the same, "
+                         "best in the YAML file")
     if not weights and network.classes != list(config.data.classes):
         raise UsageError(f"{path}: was trained on the classes "
                          f"{reprlib.repr(network.classes)}, not on "

@@ -68,6 +68,14 @@ def test_networks_of_the_repository(hub, tmp_path, name, kind, file, labels):
             torch.testing.assert_close(one, other, atol=0.01, rtol=0.01)  # of 16 bits
 
 
+@pytest.mark.parametrize("name, other", [("segmenter", models.BoxClassifier), ("classifier", models.DeepLab)])
+def test_a_network_of_the_other_kind_is_refused(hub, tmp_path, name, other):
+    path = tmp_path / "other.pt"
+    save(path, other(2 + (other is models.DeepLab), "vgg16", width=0.0625), 3)
+    with pytest.raises(ValueError, match=f"other.pt: a {other.__name__}, not a "):
+        hub(name, path)
+
+
 def test_a_published_network_labels_and_segments_under_any_settings(tmp_path):
     """tools/half.py rounds a checkpoint; the scripts use it without a training, also with some of its
     classes in another order, and for a photograph."""

@@ -238,6 +238,17 @@ def test_coco_details(run, name, ids, words):
         assert found == [BOX] * (1 if name == "empty" else len(ids))
 
 
+def test_cvats_masks_are_objects(run):
+    """In its COCO 1.0, each object that is drawn as a mask is a crowd, with CVAT's attributes beside it."""
+    save("data/images/a.jpg", picture())
+    drawn = dict(image_id=1, category_id=1, iscrowd=1, bbox=[20, 15, 40, 35], attributes={"occluded": False},
+                 segmentation=dict(counts=[1500, 35, 5377], size=[72, 96]))
+    save("data/c.json", coco([(1, "a.jpg", 96, 72)], [drawn], [(1, "thing")]))
+    status, text = run()
+    assert status == 0 and boxes(made()[1]["train"]["a"]) == [BOX]
+    assert "1 crowds with attributes, taken for objects" in text
+
+
 @pytest.mark.parametrize("name, train, val", [
     ("ext", ["im0", "im1"], ["im2"]), ("main", ["im0", "im1", "im2"], ["im3"]), ("slash", ["im0"], ["im2"])])
 def test_lists(run, name, train, val):
@@ -426,6 +437,25 @@ def test_annotations_without_images_are_named(run):
                              [dict(image_id=2, category_id=1, bbox=[1, 1, 9, 9])], [(1, "thing")]))
     status, text = run()
     assert status == 2 and "images[1]: no image 'lost.jpg'" in text and "faults: 1" in text
+
+
+@pytest.mark.parametrize("name", ["a.jpg.txt", "a.txt"])
+def test_an_image_with_two_endings(run, name):
+    """As on a system that hides the second."""
+    save("data/a.jpg.jpg", picture())
+    save(f"data/{name}", YOLO)
+    save("data/classes.txt", "thing")
+    assert run()[0] == 0 and np.abs(np.subtract(boxes(made()[1]["train"]["a.jpg"]), [BOX])).max() < 0.01
+
+
+def test_images_of_test_may_lack_an_annotation(run):
+    for split in ("train", "test"):
+        save(f"data/{split}/images/{split}.jpg", picture())
+    save("data/train/labels/train.txt", YOLO)
+    save("data/classes.txt", "thing")
+    status, text = run()
+    assert status == 0 and "1 images of test without an annotation" in text
+    assert [list(samples) for samples in made()[1].values()] == [["test"], ["train"]]
 
 
 def test_equal_stems_take_their_folders(run):
@@ -883,7 +913,9 @@ def test_other_exports_are_named_in_a_line(run, name, content, tool):
 @pytest.mark.parametrize("write, words", [
     (lambda: None, "data: no folder; unpack an archive"), (lambda: Path("data").mkdir(), "data: no images"),
     (lambda: save("data/a.jpg", picture()), "with VOC XML"), (lambda: save("data/a.zip", b"PK"), "unpack"),
-    (lambda: save("data/a.json", "{"), "data/a.json: cannot be read")])
+    (lambda: save("data/a.json", "{"), "data/a.json: cannot be read"),
+    (lambda: save("data/a.xml", XML), "data: no images; add them"),
+    (lambda: save("data/a.json", coco([(1, "a.jpg", 96, 72)], [], [(1, "thing")])), "data: no images; add them")])
 def test_nothing_to_read(run, write, words):
     write()
     status, text = run()

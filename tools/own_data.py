@@ -138,8 +138,9 @@ def stem_of(name):
     ending, by a path of either system, by an address, in any letters."""
     name = unquote(name.partition("?")[0]).strip().replace("\\", "/")
     path = Path(name.rpartition("/")[2])
-    stem = path.stem if path.suffix.lower() in IMAGE_ENDINGS else path.name
-    return unicodedata.normalize("NFC", stem).casefold()
+    while path.suffix.lower() in IMAGE_ENDINGS:  # some have two
+        path = path.with_suffix("")
+    return unicodedata.normalize("NFC", path.name).casefold()
 
 
 def scan(folder):
@@ -344,9 +345,12 @@ def read_coco(export, path, content):
         with noted(export.faults, where := f"{path}: annotations[{index}]"):
             refuse(item["image_id"] not in entries, "no image has its image_id")
             picture = entries[item["image_id"]]
-            if item.get("iscrowd"):
-                picture.notes["COCO's crowds, left out"] += 1
+            # CVAT says so of each object that is drawn as a mask.
+            crowd = item.get("iscrowd")
+            if crowd and not item.get("attributes"):
+                picture.notes["COCO's crowds, left out: they are background"] += 1
                 continue
+            picture.notes["crowds with attributes, taken for objects"] += bool(crowd)
             with noted(picture.faults, where := f"{where}, {picture.path.name}"):
                 picture.notes["boxes round polygons"] += not item.get("bbox")
                 picture.boxes.append((where, *coco_box(item, names)))
@@ -372,9 +376,11 @@ def read_annotations(export):
               "COCO": sum(len(content["images"]) for content in coco.values()),
               "YOLO": len(export.named(".txt"))}
     export.kind = max(counts, key=counts.get)
-    if not counts.pop(export.kind):
-        raise DataError(foreign(export) or [*faults, f"{export.root}: no images "
-                        "with VOC XML, COCO JSON or YOLO text; unpack archives"][0])
+    if not counts.pop(export.kind) or not export.pictures:
+        hint = (" with VOC XML, COCO JSON or YOLO text; unpack archives"
+                if export.pictures else "; add them, or unpack archives")
+        raise DataError(foreign(export) or [
+            *faults, f"{export.root}: no images{hint}"][0])
     for kind, count in counts.items():
         export.notes[f"annotations in {kind}, left out"] = count
     if export.kind == "VOC XML":
@@ -542,7 +548,9 @@ def convert(picture, export):
     """Checks an image in full. Without a fault it is written."""
     options, notes = export.options, picture.notes
     with noted(picture.faults, picture.path, DataError):
-        refuse(not picture.source and not options.empty and not export.broken,
+        test = picture.splits == {"test"}  # which nothing learns from
+        notes["images of test without an annotation"] += test and not picture.source
+        refuse(not (picture.source or test or options.empty or export.broken),
                "no annotation; --empty takes it for an image without objects")
     with noted(picture.faults, kinds=DataError):
         size, turn, kind, rgb = open_image(

@@ -1,10 +1,11 @@
-"""Tables of docs/results.md, of the scores in docs/voc2007: differences in mIoU on unseen images; IoU of each class of
-labels, and of segmenters, plain and final.
+"""Tables of docs/results.md, of the scores in docs/voc2007: differences on unseen images, in mIoU of labels and of
+segmenters, and in pixel accuracy of segmenters; IoU of each class of labels, and of segmenters, plain and final.
 
     python benchmarks/tables.py
 
 A run is called as by voc2007.py, with {} for its seed. A row of differences has each seed of which all its runs were
-trained; of two runs the mean counts. The t intervals need scipy.
+trained; of two runs the mean counts. The t intervals, which need scipy, are over sets of labels, of which seeds s and
+s + 3 share one: the mean of their differences counts once.
 """
 import json
 import sys
@@ -62,37 +63,51 @@ def read() -> dict[str, dict[str, dict]]:
             for file in files for name, run in json.loads(file.read_text("utf-8")).items()}
 
 
-def differences(runs: dict, method: str, first: list[str], second: list[str]) -> dict[int, float]:
+def differences(runs: dict, method: str, first: list[str], second: list[str],
+                measure: str = "miou") -> dict[int, float]:
     """{seed: difference on the unseen images}"""
     found = {}
     for seed in range(8):
         sides = [[runs.get(name.format(seed)) for name in names] for names in (first, second)]
         if all(sides[0] + sides[1]):
-            a, b = (mean(run[f"{LIST}, {method}"]["miou"] for run in side) for side in sides)
+            a, b = (mean(run[f"{LIST}, {method}"][measure] for run in side) for side in sides)
             found[seed] = a - b
     return found
 
 
-def cells(values: list[float]) -> str:
-    """Seed by seed; and the mean with its 95 % t interval, in bold if 0 is not in it."""
+def cells(by_seed: dict[int, float]) -> str:
+    """Seed by seed; and the mean over sets of labels, of three with its 95 % t interval, in bold if 0 is not in it."""
+    sets = [[v for seed, v in by_seed.items() if seed % 3 == first] for first in range(3)]
+    values = [mean(same) for same in sets if same]
     interval = f"{mean(values):+.2f}"
-    if len(values) > 1:
+    if len(values) == 3:
         half = half_interval(values)
         bold = "**" if half < abs(mean(values)) else ""
         interval = f"{bold}{interval} ± {half:.2f}{bold}"
-    return f"{', '.join(f'{v:+.1f}' for v in values)} | {interval}"
+    return f"{', '.join(f'{v:+.1f}' for v in by_seed.values())} | {interval}"
 
 
-def tables_of_differences(runs: dict) -> str:
+def table_of_labels(runs: dict) -> str:
     lines = ["| labels | seeds | seed by seed | mean | paper |", "|---|---|---|---|---|"]
     for title, kind, *sides, paper in LABELS:
         found = differences(runs, kind, *sides)
-        lines.append(f"| {title} | {', '.join(map(str, found))} | {cells([*found.values()])} | {paper} |")
-    lines += ["", "| segmenters | seeds | plain | mean | final | mean | paper |", "|---|---|---|---|---|---|---|"]
+        lines.append(f"| {title} | {', '.join(map(str, found))} | {cells(found)} | {paper} |")
+    return "\n".join(lines)
+
+
+def table_of_segmenters(runs: dict) -> str:
+    lines = ["| segmenters | seeds | plain | mean | final | mean | paper |", "|---|---|---|---|---|---|---|"]
     for title, *sides, paper in SEGMENTERS:
         plain, final = (differences(runs, method, *sides) for method in ("plain", FULL))
-        lines.append(f"| {title} | {', '.join(map(str, plain))} | {cells([*plain.values()])} | "
-                     f"{cells([*final.values()])} | {paper} |")
+        lines.append(f"| {title} | {', '.join(map(str, plain))} | {cells(plain)} | {cells(final)} | {paper} |")
+    return "\n".join(lines)
+
+
+def table_of_pixels(runs: dict) -> str:
+    lines = ["| pixel accuracy | seeds | plain | mean | final | mean |", "|---|---|---|---|---|---|"]
+    for title, *sides, _ in SEGMENTERS:
+        plain, final = (differences(runs, method, *sides, "pixel_accuracy") for method in ("plain", FULL))
+        lines.append(f"| {title} | {', '.join(map(str, plain))} | {cells(plain)} | {cells(final)} |")
     return "\n".join(lines)
 
 
@@ -110,7 +125,8 @@ def table_of_classes(runs: dict, head: str, columns: dict[str, tuple[str, str]])
 
 
 def tables(runs: dict) -> list[str]:
-    return [tables_of_differences(runs), table_of_classes(runs, "IoU, %", CLASSES_OF_LABELS)] + [
+    return [table_of_labels(runs), table_of_segmenters(runs), table_of_pixels(runs),
+            table_of_classes(runs, "IoU, %", CLASSES_OF_LABELS)] + [
         table_of_classes(runs, f"IoU, %, {name}", {
             title: (run, method) for title, run in CLASSES_OF_SEGMENTERS.items()})
         for name, method in (("plain", "plain"), ("final", FULL))]

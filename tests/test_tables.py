@@ -20,7 +20,7 @@ def test_results_has_these_tables():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py"], capture_output=True, text=True)
     printed = done.stdout.strip().split("\n\n")
     results = (ROOT / "docs/results.md").read_text()
-    assert len(printed) == 5, done.stderr
+    assert len(printed) == 6, done.stderr
     assert all(f"\n\n{table}\n\n" in results for table in printed)
 
 
@@ -39,17 +39,26 @@ def test_differences_of_the_seeds_that_have_both():
     assert tables.differences(runs, "plain", ["a_{}", "c_{}"], ["b_{}", "b_{}"]) == {0: 55 - 61}
 
 
-@pytest.mark.parametrize("values, t", [([2.0, 3.0, 4.0], 4.303), ([-1.0, 2.0, 1.0], 4.303), ([-5.0, -5.5], 12.706)])
-def test_mean_and_interval(values, t):
-    by_seed, interval = tables.cells(values).split(" | ")
-    half = t * stdev(values) / len(values) ** 0.5
-    assert by_seed == ", ".join(f"{value:+.1f}" for value in values)
+@pytest.mark.parametrize("by_seed, values", [
+    ({0: 2.0, 1: 3.0, 2: 4.0}, [2.0, 3.0, 4.0]), ({0: -1.0, 1: 2.0, 2: 1.0}, [-1.0, 2.0, 1.0]),
+    ({0: 1.0, 1: 5.0, 2: 2.0, 4: 1.0}, [1.0, 3.0, 2.0])])  # seeds 1 and 4 have the same labels
+def test_mean_and_interval(by_seed, values):
+    seeds, interval = tables.cells(by_seed).split(" | ")
+    half = 4.303 * stdev(values) / 3 ** 0.5
+    assert seeds == ", ".join(f"{value:+.1f}" for value in by_seed.values())
     assert interval.strip("*") == f"{mean(values):+.2f} ± {half:.2f}"
     assert interval.startswith("**") == (abs(mean(values)) > half) == interval.endswith("**")
 
 
-def test_one_difference_has_no_interval():
-    assert tables.cells([1.5]) == "+1.5 | +1.50"
+def test_fewer_than_three_sets_of_labels_have_no_interval():
+    assert tables.cells({1: 1.5}) == "+1.5 | +1.50"
+    assert tables.cells({1: 1.0, 2: 2.0, 4: 5.0}) == "+1.0, +2.0, +5.0 | +2.50"
+
+
+def test_pixel_accuracy_is_not_miou():
+    key = "Segmentation/test, plain"
+    runs = {"a_0": {key: dict(miou=1, pixel_accuracy=5)}, "b_0": {key: dict(miou=3, pixel_accuracy=2)}}
+    assert tables.differences(runs, "plain", ["a_{}"], ["b_{}"], "pixel_accuracy") == {0: 3}
 
 
 def test_classes_are_means_over_the_seeds():

@@ -141,38 +141,6 @@ def finished_before(config: SimpleNamespace, path: Path, partial: Path,
     return False
 
 
-def refuse_changed_inputs(before: dict, now: dict) -> None:
-    for name, value in now.items():
-        if value != before[name]:
-            raise UsageError(f"{name}: changed during the training; start it "
-                             "again, with overwrite=true")
-
-
-def step(config: SimpleNamespace, model: nn.Module, batch: dict,
-         objective: Callable,
-         optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """One iteration; returns what the objective did, without gradients."""
-    batch["image"] = models.upload(batch["image"], config.device).to(
-        memory_format=torch.channels_last)
-    with autocast(config):
-        values = objective(model, batch)
-    optimizer.zero_grad(set_to_none=True)
-    values["loss"].backward()
-    optimizer.step()
-    return {name: value.detach() for name, value in values.items()}
-
-
-def compiled_and_parallel(config: SimpleNamespace,
-                          network: models.Network) -> nn.Module:
-    if config.run.compile:
-        network.backbone.compile()
-    if not dist.is_initialized():
-        return network
-    # No device_ids: they would make it move the boxes to the GPU, and wait
-    # for each.
-    return nn.parallel.DistributedDataParallel(network)
-
-
 def for_training(config: SimpleNamespace, s: Stage,
                  network: models.Network) -> models.Network:
     network.freeze_norm &= s.freeze_norm
@@ -209,6 +177,17 @@ def lr_factor(s: Stage, iteration: int) -> float:
     return rise * (1 - iteration / s.iterations) ** s.poly
 
 
+def compiled_and_parallel(config: SimpleNamespace,
+                          network: models.Network) -> nn.Module:
+    if config.run.compile:
+        network.backbone.compile()
+    if not dist.is_initialized():
+        return network
+    # No device_ids: they would make it move the boxes to the GPU, and wait
+    # for each.
+    return nn.parallel.DistributedDataParallel(network)
+
+
 def batches(config: SimpleNamespace, s: Stage,
             dataset: datasets.VOCDataset, done: int) -> DataLoader:
     """This rank's part of each batch, from iteration `done` on."""
@@ -223,6 +202,20 @@ def batches(config: SimpleNamespace, s: Stage,
                            collate_fn=datasets.collate,
                            pin_memory=config.device.type == "cuda",
                            generator=torch.Generator())
+
+
+def step(config: SimpleNamespace, model: nn.Module, batch: dict,
+         objective: Callable,
+         optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """One iteration; returns what the objective did, without gradients."""
+    batch["image"] = models.upload(batch["image"], config.device).to(
+        memory_format=torch.channels_last)
+    with autocast(config):
+        values = objective(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    values["loss"].backward()
+    optimizer.step()
+    return {name: value.detach() for name, value in values.items()}
 
 
 def read_values(script: str, unread: list) -> dict[str, float]:
@@ -292,6 +285,13 @@ def resume(config: SimpleNamespace, partial: Path, made_with: dict,
                          "delete it to start this stage again") from None
     print(f"resuming from iteration {saved['iteration']} ({partial})")
     return saved["iteration"]
+
+
+def refuse_changed_inputs(before: dict, now: dict) -> None:
+    for name, value in now.items():
+        if value != before[name]:
+            raise UsageError(f"{name}: changed during the training; start it "
+                             "again, with overwrite=true")
 
 
 # -------------------------------------------------------------------- scores

@@ -259,11 +259,9 @@ def read_annotation(path: PathLike, classes: Sequence[str]) -> tuple:
 
 def _number(path, element, field, least):
     text = element.findtext(field, "")
-    try:
+    with suppress(ValueError):
         if least <= float(text) < math.inf:
             return float(text)
-    except ValueError:
-        pass
     raise DataError(f"{path}: <{field}> is {text[:40]!r}, not a number of at "
                     f"least {least}; correct it, or convert with "
                     "tools/own_data.py")

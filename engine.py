@@ -400,16 +400,14 @@ def score_folders(config: SimpleNamespace, split: str,
     dataset = datasets.VOCDataset(
         config.data.root, split, config.data.classes, boxes=False,
         masks=masks, scored=truth)
-    shape = len(names), len(names) + 1
-    matrices = {name: np.zeros(shape, np.int64) for name in folders}
+    matrices = np.zeros((len(folders), len(names), len(names) + 1), np.int64)
     mine = Subset(dataset, runs.of_this_rank(len(dataset)))
     for sample in runs.bar(runs.in_workers(config, mine), f"scores {split}"):
         true, *given = sample["masks"].numpy()
-        for name, labels in zip(folders, given):
-            matrices[name] += confusion(true, labels, len(names))
-    return {name: dict(images=len(dataset),
-                       **scores(sum_over_ranks(config, matrix), names))
-            for name, matrix in matrices.items()}
+        for matrix, labels in zip(matrices, given):
+            matrix += confusion(true, labels, len(names))
+    return {name: dict(images=len(dataset), **scores(matrix, names))
+            for name, matrix in zip(folders, sum_over_ranks(config, matrices))}
 
 
 def sum_over_ranks(config: SimpleNamespace, matrix: np.ndarray) -> np.ndarray:
@@ -428,11 +426,9 @@ def scores(matrix: np.ndarray, names: list[str]) -> dict:
     right, true = matrix.diagonal(), matrix.sum(1)
     union = true + matrix[:, :len(names)].sum(0) - right
     iou = dict(zip(names, percentages(right, union)))
-    result = dict(miou=mean(iou.values()), iou=iou)
-    result["pixel_accuracy"] = 100 * right.sum().item() / max(
-        true.sum().item(), 1)
-    result["mean_accuracy"] = mean(percentages(right, true))
-    return result
+    pixels = 100 * right.sum().item() / max(true.sum().item(), 1)
+    return dict(miou=mean(iou.values()), iou=iou, pixel_accuracy=pixels,
+                mean_accuracy=mean(percentages(right, true)))
 
 
 def percentages(part: np.ndarray, whole: np.ndarray) -> list[float | None]:

@@ -60,15 +60,12 @@ class Photos(Dataset):
     def __getitem__(self, index):
         name = self.ids[index]
         try:
-            pixels = datasets.read_image(self.paths[name])
+            photo = datasets.open_image(self.paths[name], datasets.to_rgb)
         except datasets.DataError as fault:
             return {"id": name, "fault": str(fault)}
-        size = pixels.shape[:2]
-        if max(size) > self.max_side:
-            photo = Image.fromarray(pixels)
-            photo.thumbnail((self.max_side, self.max_side))
-            pixels = np.asarray(photo)
-        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        size = photo.size[::-1]
+        photo.thumbnail((self.max_side, self.max_side))  # never enlarges
+        image = torch.from_numpy(np.asarray(photo).transpose(2, 0, 1).copy())
         return {"id": name, "size": size, "image": image}
 
 

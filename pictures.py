@@ -158,13 +158,9 @@ def draw_panels(config: SimpleNamespace, paths: dict[str, Path],
                                                         resample)
                 sheet.paste(cell, (left, top))
             top += height + GAP
-    save(config.path / "panels.png", datasets.png(sheet),
-         f"{', '.join(titles)} of {len(rows)} images")
-
-
-def save(path: Path, content: bytes, what: str) -> None:
-    datasets.write(path, content)
-    print(f"{path}: {what}")
+    path = config.path / "panels.png"
+    datasets.write(path, datasets.png(sheet))
+    print(f"{path}: {', '.join(titles)} of {len(rows)} images")
 
 
 # ------------------------------------------------------------------- numbers
@@ -233,8 +229,9 @@ def draw_curves(config: SimpleNamespace) -> None:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend()
-    save(config.path / "curves.png", png_of(figure),
-         ", ".join(title for title, *_ in plots))
+    path = config.path / "curves.png"
+    datasets.write(path, png_of(figure))
+    print(f"{path}: {', '.join(title for title, *_ in plots)}")
 
 
 def draw(config: SimpleNamespace, paths: dict[str, Path],

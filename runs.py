@@ -19,11 +19,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.queues import Queue
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, TypeVar
@@ -310,12 +311,9 @@ def settings_of(config: SimpleNamespace, section: str, *others: str,
     keys = [f"{section}.{key}" for key in asdict(getattr(config, section))
             if key not in without]
     keys += ["data.root", "data.classes", "run.precision", *others]
-    values = {}
-    for key in keys:
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        values[key] = list(value) if isinstance(value, tuple) else value
-    return values
+    values = {key: attrgetter(key)(config) for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()}
 
 
 def with_new_settings(before: object, now: dict) -> dict:
@@ -422,10 +420,8 @@ def versions() -> str:
     """The commit of this code, and what it runs on."""
     found = [f"commit {commit()}", f"Python {platform.python_version()}"]
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            pass
     return ", ".join(found)
 
 

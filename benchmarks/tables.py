@@ -4,8 +4,8 @@ segmenters, and in pixel accuracy of segmenters; IoU of each class of labels, an
     python benchmarks/tables.py
 
 A run is called as by voc2007.py, with {} for its seed. A row of differences has each seed of which all its runs were
-trained; of two runs the mean counts. The t intervals, which need scipy, are over sets of labels, of which seeds s and
-s + 3 share one: the mean of their differences counts once.
+trained; of two runs the mean counts. Seeds s and s + 3 share their labels: of the 95 % t intervals over the seeds, and
+over sets of labels with the mean of the seeds that share one, the wider is printed. They need scipy.
 """
 import json
 import sys
@@ -76,15 +76,15 @@ def differences(runs: dict, method: str, first: list[str], second: list[str],
 
 
 def cells(by_seed: dict[int, float]) -> str:
-    """Seed by seed; and the mean over sets of labels, of three with its 95 % t interval, in bold if 0 is not in it."""
+    """Seed by seed; and the mean, of three sets of labels with its interval, in bold if 0 is not in it."""
+    values = [*by_seed.values()]
     sets = [[v for seed, v in by_seed.items() if seed % 3 == first] for first in range(3)]
-    values = [mean(same) for same in sets if same]
     interval = f"{mean(values):+.2f}"
-    if len(values) == 3:
-        half = half_interval(values)
+    if all(sets):
+        half = max(half_interval(values), half_interval([*map(mean, sets)]))
         bold = "**" if half < abs(mean(values)) else ""
         interval = f"{bold}{interval} ± {half:.2f}{bold}"
-    return f"{', '.join(f'{v:+.1f}' for v in by_seed.values())} | {interval}"
+    return f"{', '.join(f'{v:+.1f}' for v in values)} | {interval}"
 
 
 def table_of_labels(runs: dict) -> str:

@@ -39,20 +39,22 @@ def test_differences_of_the_seeds_that_have_both():
     assert tables.differences(runs, "plain", ["a_{}", "c_{}"], ["b_{}", "b_{}"]) == {0: 55 - 61}
 
 
-@pytest.mark.parametrize("by_seed, values", [
-    ({0: 2.0, 1: 3.0, 2: 4.0}, [2.0, 3.0, 4.0]), ({0: -1.0, 1: 2.0, 2: 1.0}, [-1.0, 2.0, 1.0]),
-    ({0: 1.0, 1: 5.0, 2: 2.0, 4: 1.0}, [1.0, 3.0, 2.0])])  # seeds 1 and 4 have the same labels
-def test_mean_and_interval(by_seed, values):
+@pytest.mark.parametrize("by_seed, t, wider", [
+    ({0: 2.0, 1: 3.0, 2: 4.0}, 4.303, [2.0, 3.0, 4.0]), ({0: -1.0, 1: 2.0, 2: 1.0}, 4.303, [-1.0, 2.0, 1.0]),
+    # Seeds 1 and 4 have the same labels: over four seeds, then over three sets of labels it is wider.
+    ({0: 1.0, 1: 5.0, 2: 2.0, 4: -2.0}, 3.182, [1.0, 5.0, 2.0, -2.0]),
+    ({0: 1.0, 1: 5.0, 2: 2.0, 4: 5.5}, 4.303, [1.0, 5.25, 2.0])])
+def test_mean_and_interval(by_seed, t, wider):
+    values, half = by_seed.values(), t * stdev(wider) / len(wider) ** 0.5
     seeds, interval = tables.cells(by_seed).split(" | ")
-    half = 4.303 * stdev(values) / 3 ** 0.5
-    assert seeds == ", ".join(f"{value:+.1f}" for value in by_seed.values())
+    assert seeds == ", ".join(f"{value:+.1f}" for value in values)
     assert interval.strip("*") == f"{mean(values):+.2f} ± {half:.2f}"
     assert interval.startswith("**") == (abs(mean(values)) > half) == interval.endswith("**")
 
 
 def test_fewer_than_three_sets_of_labels_have_no_interval():
     assert tables.cells({1: 1.5}) == "+1.5 | +1.50"
-    assert tables.cells({1: 1.0, 2: 2.0, 4: 5.0}) == "+1.0, +2.0, +5.0 | +2.50"
+    assert tables.cells({1: 1.0, 2: 2.0, 4: 5.0}) == "+1.0, +2.0, +5.0 | +2.67"
 
 
 def test_pixel_accuracy_is_not_miou():

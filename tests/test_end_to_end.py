@@ -425,7 +425,7 @@ def test_labels_remember_the_settings_that_made_them(spoilt, capsys, monkeypatch
     monkeypatch.setattr(sys, "argv", ["make_labels.py", *SMALL, "logit_scale=0.3", "sizes=[1]"])
     runs.launch("make_labels", make_labels.main)
     line = refused("make_labels", capsys, monkeypatch, "unary=logits", "logit_scale=0.3")
-    assert "make_labels.unary 'attention' -> 'logits'" in line and "make_labels.logit_scale None -> 0.3" in line
+    assert "make_labels.unary 'attention' -> 'logits'" in line and "make_labels.logit_scale 0.05 -> 0.3" in line
 
 
 def test_labels_of_corrected_boxes_are_made_again(spoilt, capsys, monkeypatch):

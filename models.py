@@ -440,7 +440,9 @@ class DilatedGroups(nn.Conv2d):
         if torch.is_autocast_enabled("cpu"):
             x = x.float()
         with torch.autocast("cpu", enabled=False):
-            if self.training or max(self.padding) <= 4:
+            if (self.training or self.padding_mode != "zeros"
+                    or isinstance(self.padding, str)
+                    or max(self.padding) <= 4):
                 return super().forward(x)
             rows, columns = self.padding
             x = F.pad(x, (columns, columns, rows, rows))

@@ -326,6 +326,8 @@ def check(config: SimpleNamespace) -> None:
         if not 0 <= s.dropout < 1:
             raise UsageError(f"{section}.dropout is {s.dropout}, not a share "
                              "under 1")
+    if config.eval.crf and not config.eval.crf_iterations:
+        raise UsageError("eval.crf_iterations is 0; set eval.crf=false")
     if not re.fullmatch(r"[\w-][\w.-]{0,99}", config.run.name):
         raise UsageError(f"run.name is {reprlib.repr(config.run.name)}, not "
                          "a name of letters, digits, . _ and -")

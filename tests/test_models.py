@@ -826,6 +826,16 @@ def test_so_is_every_one_of_a_backbone_that_somebody_adds(monkeypatch):
     assert [type(m) for m in DeepLab(3, "mine").backbone] == [nn.Conv2d, models.DilatedGroups, nn.Conv2d]
 
 
+@pytest.mark.parametrize("options", [dict(padding="same"), dict(padding="valid"),
+                                     dict(padding=6, padding_mode="reflect")])
+def test_dilated_groups_of_any_padding(options):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 4, 3, dilation=6, groups=4, **options).eval()
+    ours, x = copy.deepcopy(plain), torch.randn(1, 4, 17, 19)
+    ours.__class__ = models.DilatedGroups
+    torch.testing.assert_close(ours(x), plain(x))
+
+
 BF16_GRADIENTS = """
 import sys
 import torch

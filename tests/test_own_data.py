@@ -458,6 +458,29 @@ def test_images_of_test_may_lack_an_annotation(run):
     assert [list(samples) for samples in made()[1].values()] == [["test"], ["train"]]
 
 
+def test_images_of_test_may_have_masks_and_no_boxes(run):
+    for split in ("train", "test"):
+        save(f"data/{split}/images/{split}.jpg", picture())
+    save("data/train/labels/train.txt", YOLO)
+    save("data/classes.txt", "thing")
+    mask = np.zeros((72, 96), np.uint8)
+    mask[15:50, 20:60] = 1
+    save("data/test/masks/test.png", Image.fromarray(mask))
+    status, text = run()
+    assert status == 0, text
+    assert (np.array(Image.open("out/SegmentationClass/test.png")) == mask).all()
+
+
+def test_one_ending_or_two_of_a_name(run):
+    for name in ("a.jpg", "a.jpg.jpg"):
+        save(f"data/{name}", picture())
+    save("data/c.json", coco([(1, "a.jpg", 96, 72), (2, "a.jpg.jpg", 96, 72)],
+                             [dict(image_id=k, category_id=1, bbox=[k, 5, 9, 9]) for k in (1, 2)], [(1, "thing")]))
+    status, text = run()
+    assert status == 0, text
+    assert {name: boxes(sample)[0][0] for name, sample in made()[1]["train"].items()} == {"a": 1, "a.jpg": 2}
+
+
 def test_equal_stems_take_their_folders(run):
     for part in ("north", "south"):
         save(f"data/images/{part}/f.jpg", picture())

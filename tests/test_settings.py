@@ -65,6 +65,8 @@ def test_a_folder_with_a_slash_behind_it_is_the_same():
 
 def test_labels_may_be_made_without_the_crf():
     assert read("make_labels.crf_iterations=0").make_labels.crf_iterations == 0
+    with pytest.raises(UsageError, match="eval.crf_iterations is 0; set eval.crf=false"):
+        read("eval.crf=true", "eval.crf_iterations=0")
 
 
 def test_values_that_look_like_numbers_stay_text():

@@ -95,20 +95,21 @@ def table_of_labels(runs: dict) -> str:
     return "\n".join(lines)
 
 
+def row_of_segmenters(runs: dict, measure: str, title: str, *sides: list[str]) -> str:
+    plain, final = (differences(runs, method, *sides, measure) for method in ("plain", FULL))
+    return f"| {title} | {', '.join(map(str, plain))} | {cells(plain)} | {cells(final)} |"
+
+
 def table_of_segmenters(runs: dict) -> str:
-    lines = ["| segmenters | seeds | plain | mean | final | mean | paper |", "|---|---|---|---|---|---|---|"]
-    for title, *sides, paper in SEGMENTERS:
-        plain, final = (differences(runs, method, *sides) for method in ("plain", FULL))
-        lines.append(f"| {title} | {', '.join(map(str, plain))} | {cells(plain)} | {cells(final)} | {paper} |")
-    return "\n".join(lines)
+    return "\n".join([
+        "| segmenters | seeds | plain | mean | final | mean | paper |", "|---|---|---|---|---|---|---|",
+        *(f"{row_of_segmenters(runs, 'miou', *row)} {paper} |" for *row, paper in SEGMENTERS)])
 
 
 def table_of_pixels(runs: dict) -> str:
-    lines = ["| pixel accuracy | seeds | plain | mean | final | mean |", "|---|---|---|---|---|---|"]
-    for title, *sides, _ in SEGMENTERS:
-        plain, final = (differences(runs, method, *sides, "pixel_accuracy") for method in ("plain", FULL))
-        lines.append(f"| {title} | {', '.join(map(str, plain))} | {cells(plain)} | {cells(final)} |")
-    return "\n".join(lines)
+    return "\n".join([
+        "| pixel accuracy | seeds | plain | mean | final | mean |", "|---|---|---|---|---|---|",
+        *(row_of_segmenters(runs, "pixel_accuracy", *row) for *row, _ in SEGMENTERS)])
 
 
 def table_of_classes(runs: dict, head: str, columns: dict[str, tuple[str, str]]) -> str:

@@ -469,7 +469,10 @@ def timm_backbone(name, source, state):
             AssertionError) as error:
         if getattr(error, "errno", None):
             raise  # a fault of the machine; being offline sets no errno
-        words = " ".join(str(error).split()) or "timm cannot make it"
+        words = " ".join(str(error).split())
+        if not words or "output_stride" in words:
+            words = (f"timm cannot make it with output_stride={STRIDE}; "
+                     "choose another")
         raise WeightsError(f"backbone timm/{name}: {words}") from None
     with torch.no_grad():
         cells = module.eval()(torch.zeros(1, 3, 65, 65))[0].shape[2:]

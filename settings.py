@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 import reprlib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,7 +338,7 @@ def help_text(script: str) -> str:
     """Every setting that a script reads, with its default and comment: the
     source of its dataclasses.
     """
-    text = f"python {script}.py [CONFIG.yaml] [key=value ...]\n"
+    text = f"python {Path(sys.argv[0]).name} [CONFIG.yaml] [key=value ...]\n"
     text += f"A bare key is one of {script}, or of run. Lists are [a, b].\n"
     text += ("The defaults below hold where CONFIG.yaml, by default "
              "configs/shapes.yaml,\nsays nothing else.\n")

@@ -885,6 +885,9 @@ def test_timm_whose_cells_lie_elsewhere():
     for name in ("convnext_atto", "resnet26d"):
         with pytest.raises(WeightsError, match=f"timm/{name}: its cells do not lie on every eighth pixel"):
             DeepLab(3, backbone=f"timm/{name}")
+    for name in ("vgg11", "densenet121"):  # one asserts a stride of 32, one knows no such argument
+        with pytest.raises(WeightsError, match=f"timm/{name}: timm cannot make it with output_stride=8; choose"):
+            DeepLab(3, backbone=f"timm/{name}", weights="none")
     network = DeepLab(3, backbone="timm/mobilenetv3_small_050")
     assert network.training and network.backbone.training
     assert network.features(torch.rand(2, 3, 65, 65)).shape[2:] == (9, 9)

@@ -144,6 +144,11 @@ COMMENTS = {"train_cls": "# gap: average pooling", "make_labels": "# images of e
             "eval": "# score this folder's ID.png, not a segmenter"}
 
 
+@pytest.mark.parametrize("name", [*COMMENTS, "pictures"])
+def test_help_begins_with_the_command(name, tmp_path):
+    assert script(name, "--help", cwd=tmp_path).stdout.startswith(f"python {name}.py [CONFIG.yaml] [key=value ...]\n")
+
+
 @pytest.mark.parametrize("stage", COMMENTS)
 def test_help_names_every_setting_once_with_its_default_and_comment(stage, tmp_path):
     done = script(stage, "--help", cwd=tmp_path)

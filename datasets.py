@@ -189,7 +189,7 @@ def remove_abandoned(paths: Iterable[Path]) -> None:
             os.kill(int(path.suffixes[-2][1:]), 0)  # only asks
         except ProcessLookupError:
             path.unlink() if path.is_file() else shutil.rmtree(path)
-        except (ValueError, LookupError, PermissionError):
+        except (ValueError, LookupError, OverflowError, PermissionError):
             pass  # not such a name; another user's process, which lives
 
 

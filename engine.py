@@ -280,7 +280,9 @@ def resume(config: SimpleNamespace, partial: Path, made_with: dict,
                 torch.cuda.set_rng_state(state, config.device)
     except (UsageError, torch.cuda.OutOfMemoryError):
         raise
-    except models.BROKEN:
+    except models.BROKEN as error:
+        if "can't allocate memory" in str(error):
+            raise
         raise UsageError(f"{partial}: not a checkpoint of this network; "
                          "delete it to start this stage again") from None
     print(f"resuming from iteration {saved['iteration']} ({partial})")
@@ -299,8 +301,6 @@ def refuse_changed_inputs(before: dict, now: dict) -> None:
 def resized(image: Tensor, scale: float) -> Tensor:
     """image (3, H, W) uint8 -> (1, 3, scale H, scale W) in [0, 1]."""
     view = image[None].float() / 255
-    if scale == 1:
-        return view
     size = [max(1, round(scale * side)) for side in image.shape[1:]]
     return F.interpolate(view, size, mode="bilinear", align_corners=False)
 
@@ -319,9 +319,8 @@ def predict(network: models.Network, image: Tensor,
         cosine = network(view.contiguous(memory_format=torch.channels_last))
         if flip:
             cosine = torch.stack((cosine[0], cosine[1].flip(2)))
-        if scale != 1:
-            cosine = F.interpolate(cosine, size, mode="bilinear",
-                                   align_corners=False)
+        cosine = F.interpolate(cosine, size, mode="bilinear",
+                               align_corners=False)
         views.append(cosine.mean(0))
     return torch.stack(views).mean(0)
 

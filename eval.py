@@ -87,8 +87,7 @@ def unique_names(paths: list[Path]) -> list[str]:
 def write_labels(path: Path, maps: np.ndarray, size: tuple) -> None:
     """Writes the argmax of maps (L, h, w) as a picture of size (H, W)."""
     labels = Image.fromarray(maps.argmax(0).astype(np.uint8))
-    if labels.size[::-1] != tuple(size):
-        labels = labels.resize(size[::-1], Image.Resampling.NEAREST)
+    labels = labels.resize(size[::-1], Image.Resampling.NEAREST)
     datasets.write_mask(path, np.asarray(labels))
 
 

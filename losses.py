@@ -29,7 +29,7 @@ def noise_aware_loss(
         cosine: Tensor, y_crf: Tensor, y_ret: Tensor,
         gamma: float = 7.0, weight: float = 0.1, temperature: float = 20.0,
         ignore_index: int = 255, group: Group = None) -> Tensor:
-    """L = L_ce + weight * L_wce: trust Y_crf where Y_ret agrees, elsewhere as
+    """L_ce + weight * L_wce: trust Y_crf where Y_ret agrees, elsewhere as
     far as the classifier does. With c* = Y_crf(p), D_c(p) = 1 + cosine_c(p),
 
         L_ce   = - mean over S of log H_{c*}(p)

@@ -137,8 +137,8 @@ def logit_probabilities(maps: Tensor, own: Tensor, up: models.Upsampled,
     with q_c the mean feature of the image, weighted by softmax(a)_c. A class
     is impossible outside its own boxes (classes, H, W).
     """
-    objects = (maps[1:] + s.logit_bias).masked_fill(~own, -torch.inf)
-    a = s.logit_scale * torch.cat((maps[:1], objects))
+    a = s.logit_scale * torch.cat((maps[:1], maps[1:] + s.logit_bias))
+    a[1:].masked_fill_(~own, -torch.inf)
     q = up.mean(a.softmax(0))
     return (a + s.cosine_scale * up.cosine(q)).softmax(0)
 

@@ -845,7 +845,8 @@ def network_of(content: Any, path: PathLike) -> BoxClassifier | DeepLab:
     # Only training pools; the parameters of another pooling are not needed.
     state = {name: value for name, value in state_of(content, path).items()
              if not name.startswith("pooling.")}
-    copy_state(network, state, path)
+    network.loaded = copy_state(network, state, path)
+    network.freeze_norm = True  # as of all that is pretrained
     network.classes = classes
     network.chosen = content.get("chosen", "")
     return network.eval()

@@ -41,8 +41,9 @@ def outlined(image: np.ndarray, boxes: Sequence,
     draw, width = ImageDraw.Draw(picture), max(2, max(picture.size) // 100)
     for (x0, y0, x1, y1), label in zip(boxes, labels):
         colour = tuple(datasets.palette()[label].tolist())
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour,
-                       width=width)
+        # Drawn boxes include their last pixel; one may be thinner than that.
+        last = max(x0, x1 - 1), max(y0, y1 - 1)
+        draw.rectangle((x0, y0, *last), outline=colour, width=width)
     return picture
 
 

@@ -61,7 +61,7 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
         print(settings.help_text(script))
         return
     sys.excepthook = end_with_traceback
-    # On Windows, a file or a pipe cannot hold every name.
+    # On Windows, the encoding of a file or a pipe lacks some characters.
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -247,8 +247,8 @@ def lock(file: IO) -> None:
     ends with this process."""
     try:
         import fcntl
-    except ImportError:  # Windows: a byte from here on, which none can read
-        import msvcrt
+    except ImportError:  # Windows, where none can read a locked byte
+        import msvcrt  # so it is one far behind the text
         os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore
     else:

@@ -38,7 +38,7 @@ class Run:
     # bf16: autocast with fp32 weights; on a CPU it may be slower. On a GPU
     # fp32 convolutions are TF32.
     precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = 2  # processes that read images or run the CRF
+    workers: int = 2  # processes that read images; as many run the CRF
     log_every: int = 20  # iterations between lines of metrics.jsonl
     save_every: int = 100  # iterations between checkpoints
     overwrite: bool = False  # discard results made with other settings

@@ -59,6 +59,8 @@ def test_differences_seed_by_seed(runs):
 @pytest.mark.parametrize("arguments, words", [
     (["val, plain", "x_0", "minus", "x_1", "x_2"], "1 runs minus 2: give one of each seed on both sides"),
     (["val, flip", "x_0"], "runs/x_0: no scores of 'val, flip', only of 'val, plain', 'val, CRF', 'val, Ycrf'"),
+    (["val, plain", "x_0", "minus"],
+     "usage: python tools/compare.py KEY RUN [RUN ...] [minus RUN [RUN ...]]"),
     (["val, plain", "x_0", "nowhere"], "runs/nowhere: no scores of 'val, plain', only of nothing"),
     (["val, plain", "x_0", "other"], "runs/other: scores of 4 images, not of 5")])
 def test_what_cannot_be_compared_is_one_line(runs, arguments, words):

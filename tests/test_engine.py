@@ -302,6 +302,23 @@ def test_what_was_to_be_overwritten_is_still_finished(tmp_path, capsys):
     assert "resuming from iteration 2" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() != first
 
 
+def test_memory_that_is_short_does_not_ask_to_delete_a_checkpoint(tmp_path, monkeypatch):
+    def stop(network, batch):
+        if (tmp_path / "cls.pt.partial").exists():
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    def load(*arguments, **settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, stop)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="^DefaultCPUAllocator: can't allocate"):
+        patch.setattr(torch, "load", load)
+        train_tiny(tmp_path, square)
+    train_tiny(tmp_path, square)
+
+
 def test_the_best_of_other_images_is_replaced(tmp_path):
     path = tmp_path / "seg_best.pt"
     for chosen, miou, kept in (("a", 50.0, 50.0), ("a", 40.0, 50.0), ("b", 30.0, 30.0)):

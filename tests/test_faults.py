@@ -215,7 +215,7 @@ def test_what_a_killed_process_was_writing_is_removed(folder):
     part = folder / f"data/.more.{dead.pid}.tmp"
     (part / "JPEGImages").mkdir(parents=True)
     left.parent.mkdir(parents=True)
-    for file in (left, lives, part / "JPEGImages/x.jpg", run / ".odd.tmp"):
+    for file in (left, lives, part / "JPEGImages/x.jpg", run / ".odd.tmp", run / f".odd.{10 ** 20}.tmp"):
         file.write_bytes(b"")
     done = command("make_labels", "run.workers=0", "overwrite=true", cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -117,11 +117,11 @@ def softmax_by_hand(scores):
     return [share / sum(shares) for share in shares]
 
 
-@pytest.mark.parametrize("scale", [0, 3.0])
-def test_logits_as_unaries(scale):
+@pytest.mark.parametrize("k, scale", [(0.5, 0), (0.5, 3.0), (0, 3.0), (-0.5, 3.0)])
+def test_logits_as_unaries(k, scale):
     up, dense, weight, boxes, labels, outside = scene(1)
     own, s = make_labels.unions(boxes, labels, [1, 2], (HEIGHT, WIDTH)), settings.MakeLabels(
-        logit_scale=0.5, logit_bias=2.0, cosine_scale=scale)
+        logit_scale=k, logit_bias=2.0, cosine_scale=scale)
     maps = torch.einsum("kc,cyx->kyx", weight[:3], dense)
     result = make_labels.logit_probabilities(maps, own, up, s)
     a, prototypes = {}, [0, 0, 0]
@@ -130,8 +130,8 @@ def test_logits_as_unaries(scale):
             inside = [any(c == label and x0 <= x < x1 and y0 <= y < y1 for (x0, y0, x1, y1), label in zip(
                 boxes.tolist(), labels.tolist())) for c in (1, 2)]
             assert outside[y, x] != any(inside)
-            a[y, x] = [0.5 * (dense[:, y, x] @ weight[0]).item()] + [
-                0.5 * ((dense[:, y, x] @ weight[c]).item() + 2) if here else -math.inf
+            a[y, x] = [k * (dense[:, y, x] @ weight[0]).item()] + [
+                k * ((dense[:, y, x] @ weight[c]).item() + 2) if here else -math.inf
                 for c, here in zip((1, 2), inside)]
             prototypes = [q + share * dense[:, y, x] for q, share in zip(prototypes, softmax_by_hand(a[y, x]))]
     for (y, x), scores in a.items():

@@ -979,6 +979,12 @@ def test_a_checkpoint_gives_its_backbone(tmp_path, backbone, width):
     assert segmenter.loaded >= {f"backbone.{name}" for name, _ in segmenter.backbone.named_parameters()}
 
 
+def test_a_loaded_network_is_a_pretrained_one():
+    network = models.load(ROOT / "weights/voc2007_seg.pth").train()
+    assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    assert [group["lr"] for group in network.parameter_groups(0.1, 0)] == [0.1]
+
+
 # ---- whole checkpoints ----
 
 def checkpoint(state, kind="DeepLab", width=0.125, classes="abcd"):

@@ -64,6 +64,11 @@ def test_boxes_are_drawn_on_their_own_pixels():
     assert pixels[3, 2].tolist() == [0, 128, 0] and not pixels[9, 7].any()
 
 
+def test_a_box_thinner_than_a_pixel_is_drawn():
+    picture = pictures.outlined(np.zeros((20, 30, 3), np.uint8), [[2.5, 3, 3, 15], [8, 3.25, 20, 3.5]], [1, 2])
+    assert np.array(picture).any(2)[3:15, 2].all() and np.array(picture).any(2)[3, 8:20].all()
+
+
 def test_heat_is_half_of_each_pixel():
     """Inferno is nearly black at 0 and light yellow (252, 255, 164) at 1."""
     image = np.zeros((2, 3, 3), np.uint8)

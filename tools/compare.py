@@ -88,7 +88,7 @@ def table(key: str, runs: Sequence[str], others: Sequence[str] = ()) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    if len(sys.argv) < 3 or sys.argv[-1] == "minus":
         print("usage: python tools/compare.py KEY RUN [RUN ...] "
               "[minus RUN [RUN ...]]", file=sys.stderr)
         sys.exit(2)

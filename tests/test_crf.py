@@ -110,6 +110,13 @@ def test_the_defaults_are_the_papers_for_labels():
     assert (bilateral.default, gaussian.default, iterations.default) == ((4.0, 55.0, 3.0), (3.0, 3.0), 10)
 
 
+def test_a_probability_of_0_counts_as_1e_5():
+    p = np.zeros((3, 4, 5), np.float32)
+    p[0] = 1
+    q = dense_crf(np.zeros((4, 5, 3), np.uint8), p, iterations=0)
+    np.testing.assert_allclose(q[1:], 1e-5, rtol=1e-3)
+
+
 def test_a_label_of_probability_0_is_not_forbidden():
     """One pixel of one colour with 80 others is sure of another label."""
     p = np.zeros((2, 9, 9), np.float32)

@@ -693,3 +693,18 @@ def test_a_folder_that_a_process_of_the_same_number_left(tmp_path):
     (left / "old").mkdir(parents=True)
     with datasets.temporary_folder(tmp_path / "OUT") as folder:
         assert not any(folder.iterdir())
+
+
+def test_scaling_is_bilinear():
+    image = tv_tensors.Image(torch.tensor([[[0, 200]]], dtype=torch.uint8))
+    assert datasets.random_scale({"image": image}, (2, 2))["image"][0].tolist() == [[0, 50, 150, 200]] * 2
+
+
+def test_half_of_the_crops_are_mirrored():
+    image = tv_tensors.Image(torch.tensor([[[0, 255]]], dtype=torch.uint8).expand(3, 9, 2).contiguous())
+    transform, mirrored = training_transform(9, (99, 99, 99), (1, 1), jitter=0), 0
+    for seed in range(400):
+        torch.manual_seed(seed)
+        row = transform({"image": image})["image"][0, 4].tolist()
+        mirrored += row.index(255) < row.index(0)
+    assert 160 < mirrored < 240

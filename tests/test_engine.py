@@ -1,4 +1,5 @@
 """The training loop and the scores."""
+import dataclasses
 import math
 from contextlib import suppress
 from types import SimpleNamespace
@@ -154,6 +155,22 @@ def test_the_steps_are_those_of_sgd_by_hand(tmp_path):
         b -= 0.1 * (1 - i / 7) ** 0.9 * v
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_rates_and_decays_of_the_settings(double):
+    """Of a network without pretrained layers: new_lr x lr; biases twice that, without decay, if double_bias."""
+    network = models.BoxClassifier(2, "vgg16", width=0.0625)
+    optimizer = engine.build_optimizer(network, settings.TrainCls(lr=0.1, decay=0.3, new_lr=4, double_bias=double))
+    found = {(round(group["lr"], 6), group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == ({(0.4, 0.3), (0.8, 0.0)} if double else {(0.4, 0.3)})
+
+
+def test_a_checkpoint_names_every_setting_that_decides_it(tmp_path):
+    train_tiny(tmp_path, square)
+    made = torch.load(tmp_path / "cls.pt", weights_only=True)["settings"]
+    assert made.keys() == {f"train_cls.{field.name}" for field in dataclasses.fields(settings.TrainCls)} | {
+        "data.root", "data.classes", "data.train", "run.precision", "run.seed"}
+
+
 def test_balance_reaches_the_order(monkeypatch):
     config = settings.read("train_cls", ["balance=true", "iterations=50", "batch=2", "run.workers=0"])
     config.device = torch.device("cpu")
@@ -300,6 +317,37 @@ def test_what_was_to_be_overwritten_is_still_finished(tmp_path, capsys):
     assert "finished before" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() == first
     train_tiny(tmp_path, square, lr=0.2)
     assert "resuming from iteration 2" in capsys.readouterr().out and (tmp_path / "cls.pt").read_bytes() != first
+
+
+def test_the_same_command_resumes_with_overwrite_too(tmp_path, capsys):
+    def stop(network, batch):
+        if (tmp_path / "cls.pt.partial").exists():
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    train_tiny(tmp_path, square)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, stop, lr=0.2, overwrite=True)
+    train_tiny(tmp_path, square, lr=0.2, overwrite=True)
+    assert "resuming from iteration 2" in capsys.readouterr().out
+    train_tiny(tmp_path, square, lr=0.2, overwrite=True)
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    whole, save = train_tiny(tmp_path / "whole", square), runs.save
+
+    def full(path, content):
+        if path.name == "cls.pt":
+            raise OSError(28, "No space left on device")
+        save(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(runs, "save", full)
+        train_tiny(tmp_path / "full", square)
+    assert models.read_file(tmp_path / "full/cls.pt.partial")["iteration"] == 6
+    again = train_tiny(tmp_path / "full", square)
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 def test_memory_that_is_short_does_not_ask_to_delete_a_checkpoint(tmp_path, monkeypatch):

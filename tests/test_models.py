@@ -979,6 +979,23 @@ def test_a_checkpoint_gives_its_backbone(tmp_path, backbone, width):
     assert segmenter.loaded >= {f"backbone.{name}" for name, _ in segmenter.backbone.named_parameters()}
 
 
+def test_a_timm_network_from_a_file_is_a_pretrained_one(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "start.pth")
+    network = DeepLab(3, "timm/tf_efficientnet_lite0", tmp_path / "start.pth").train()
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    slow, fast = ({names[id(p)] for p in group["params"]} for group in network.parameter_groups(1.0, 0.0))
+    assert fast == {"classifier.weight", *(f"head.branches.{k}.weight" for k in range(4))}
+    assert slow == {*names.values()} - fast
+    assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_cosines_are_enlarged_in_float32():
+    network = DeepLab(3, "vgg16", width=0.0625).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert network(torch.rand(1, 3, 65, 65)).dtype == torch.float32
+
+
 def test_a_loaded_network_is_a_pretrained_one():
     network = models.load(ROOT / "weights/voc2007_seg.pth").train()
     assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))

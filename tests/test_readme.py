@@ -2,6 +2,7 @@
 
 The commands run as they stand; only settings that make them quick come after them.
 """
+import dataclasses
 import functools
 import json
 import re
@@ -13,8 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import datasets
+import settings
 from tools.shapes import SHAPES, make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,3 +262,13 @@ def test_the_classes_of_results_are_what_the_runs_say():
         expected = [[f"{sum(s['iou'][name] for s in column) / len(column):.1f}" for column in columns]
                     for name in columns[0][0]["iou"]]
         assert found == [*expected, [f"{sum(s['miou'] for s in column) / len(column):.1f}" for column in columns]]
+
+
+def test_published_runs_follow_the_recipe():
+    recipe = settings.read("eval", [str(ROOT / "configs/voc2007.yaml")])
+    own = {"train_cls": {"pooling", "weights"}, "train_seg": {"labels", "loss", "weights"}}
+    for run, files in published().items():
+        made = yaml.safe_load(files.get("settings.yaml", "{}"))
+        for stage in own.keys() & made.keys():
+            expected = json.loads(json.dumps(dataclasses.asdict(getattr(recipe, stage))))  # tuples to lists
+            assert {key for key in made[stage] if made[stage][key] != expected[key]} <= own[stage], (run, stage)

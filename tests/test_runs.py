@@ -120,6 +120,13 @@ def test_outdated_files_are_discarded_or_refused(tmp_path):
         opened(tmp_path)
 
 
+def test_overwrite_keeps_what_the_same_settings_made(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "labels/x.png").write_bytes(b"label")
+    opened(tmp_path, overwrite=True)
+    assert (tmp_path / "labels/x.png").exists()
+
+
 def test_labels_older_than_a_setting_had_its_default(tmp_path):
     opened(tmp_path)
     (tmp_path / "labels/x.png").write_bytes(b"label")

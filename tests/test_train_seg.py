@@ -10,12 +10,15 @@ import torch
 from conftest import script
 from PIL import Image
 from test_losses import random_case
+from torchvision.transforms import v2
 
 import datasets
 import engine
 import eval as evaluation
 import models
+import runs
 import settings
+import train_cls
 import train_seg
 from tools.shapes import make_shapes
 
@@ -157,6 +160,38 @@ def test_it_can_start_from_stage_1(work, monkeypatch):
     start(train_seg.main, "train_seg.weights=stage1")
     for name, value in given[2].backbone.state_dict().items():
         assert torch.equal(value, classifier.backbone.state_dict()[name]), name
+
+
+def test_another_classifier_makes_another_training_from_stage_1(work, monkeypatch):
+    given, found = [], []
+    monkeypatch.setattr(engine, "train", lambda *everything: given.append(everything))
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        network = models.BoxClassifier(6, "vgg16_bn", width=0.0625)
+        runs.save(Path("runs/shapes/cls.pt"), {"model": network.state_dict()})
+        start(train_seg.main, "train_seg.weights=stage1")
+        inputs = given[-1][5]
+        found.append(inputs())
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("main", [train_cls.main, train_seg.main])
+def test_crops_are_made_as_the_settings_say(work, monkeypatch, main):
+    """Scaled, in the middle of ImageNet's mean colour, and jittered."""
+    stage, given = main.__module__, []
+    monkeypatch.setattr(engine, "train", lambda *everything: given.append(everything))
+    start(main, f"{stage}.scale=[0.3, 0.3]", f"{stage}.jitter=0", f"{stage}.crop=97", f"{stage}.weights=none")
+    dataset = given[0][3]
+    image = dataset[0]["image"]
+    h, w = (round(0.3 * side) for side in datasets.read_image(dataset.paths[dataset.ids[0]]).shape[:2])
+    top, left = (97 - h) // 2, (97 - w) // 2
+    padding = torch.ones(97, 97, dtype=torch.bool)
+    padding[top:top + h, left:left + w] = False
+    assert (image[:, padding] == torch.tensor([124, 116, 104])[:, None]).all()
+    assert image[:, ~padding].float().std() > 5
+    start(main, f"{stage}.jitter=0.1", f"{stage}.weights=none")
+    brightness = next(t for t in given[1][3].transform.transforms if isinstance(t, v2.ColorJitter)).brightness
+    assert brightness == pytest.approx((0.9, 1.1))
 
 
 def scores_of(run):

@@ -64,12 +64,3 @@ def without_privilege():
     if not shutil.which("setpriv"):
         pytest.skip("root may do anything, and there is no setpriv to take that from it")
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
-
-
-@pytest.fixture(scope="session")
-def voc():
-    """A small folder in the VOC devkit's layout, beside the repository."""
-    folder = SHARED / "voc"
-    if not folder.is_dir():
-        pytest.skip("needs a VOC-format folder at ../shared/voc")
-    return folder

@@ -372,3 +372,5 @@ def test_the_best_of_other_images_is_replaced(tmp_path):
     for chosen, miou, kept in (("a", 50.0, 50.0), ("a", 40.0, 50.0), ("b", 30.0, 30.0)):
         engine.keep_best(path, dict(chosen=chosen, miou=miou))
         assert torch.load(path, weights_only=True)["miou"] == kept
+    engine.keep_best(path, dict(chosen="b", miou=30.0, later=True))
+    assert "later" not in torch.load(path, weights_only=True)  # of equals, the first stays

@@ -996,7 +996,24 @@ def test_cosines_are_enlarged_in_float32():
         assert network(torch.rand(1, 3, 65, 65)).dtype == torch.float32
 
 
+def test_a_resnet_of_imagenets_names_sees_imagenets_colours(tmp_path):
+    torch.save(random_state("resnet50"), tmp_path / "start.pth")
+    network = DeepLab(3, "resnet50", tmp_path / "start.pth")
+    assert network.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert network.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+
+
+def test_the_head_of_other_backbones():
+    """A classifier's is a 3x3 convolution and ReLU; new convolutions start small."""
+    torch.manual_seed(0)
+    head, x = BoxClassifier(3, "resnet50").head, torch.randn(1, 2048, 5, 5)
+    torch.testing.assert_close(head(x), F.conv2d(x, head[0].weight, head[0].bias, padding=1).relu())
+    for convolution in (head[0], *DeepLab(3, "resnet50").head.branches):
+        assert convolution.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
 def test_a_loaded_network_is_a_pretrained_one():
+    pytest.importorskip("timm")
     network = models.load(ROOT / "weights/voc2007_seg.pth").train()
     assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
     assert [group["lr"] for group in network.parameter_groups(0.1, 0)] == [0.1]

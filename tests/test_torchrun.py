@@ -31,7 +31,7 @@ from tools.shapes import make_shapes
 SMALL = ["train_cls.backbone=vgg16", "train_seg.backbone=vgg16", "train_cls.width=0.125", "train_seg.width=0.125",
          "train_seg.weights=stage1", "train_cls.iterations=3", "train_seg.iterations=3", "train_cls.batch=7",
          "train_seg.batch=7", "train_cls.crop=65", "train_seg.crop=65", "train_cls.lr=0.001", "train_seg.lr=0.01",
-         "run.workers=0", "run.log_every=2", "train_seg.val_images=3", "train_seg.val_every=2",
+         "run.device=cpu", "run.workers=0", "run.log_every=2", "train_seg.val_images=3", "train_seg.val_every=2",
          "make_labels.crf_iterations=2", "eval.panels=0"]
 STAGES = "train_cls", "make_labels", "train_seg", "eval"
 

@@ -1,6 +1,8 @@
 """Stage 3 on labels from anywhere: one folder or two, their content remembered."""
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -15,6 +17,7 @@ from torchvision.transforms import v2
 import datasets
 import engine
 import eval as evaluation
+import make_labels
 import models
 import runs
 import settings
@@ -194,6 +197,42 @@ def test_crops_are_made_as_the_settings_say(work, monkeypatch, main):
     assert brightness == pytest.approx((0.9, 1.1))
 
 
+COMMON = {"data.root", "data.classes", "run.precision"}
+OF_LABELS = "weights splits pictures"
+OF_EVAL = "weights split labels images max_side panels photos"
+
+
+def names_of(section, left_out):
+    names = {field.name for field in dataclasses.fields(settings.SECTIONS[section])} - {*left_out.split()}
+    return {f"{section}.{name}" for name in names}
+
+
+@pytest.mark.parametrize("main, arguments, left_out", [
+    (make_labels.main, [], f"{OF_LABELS} logit_scale logit_bias cosine_scale sizes"),
+    (make_labels.main, ["make_labels.unary=logits"], OF_LABELS),
+    (evaluation.main, [], f"{OF_EVAL} crf_bilateral crf_gaussian crf_iterations"),
+    (evaluation.main, ["eval.crf=true"], OF_EVAL)])
+def test_a_folder_remembers_every_setting_that_decides_it(work, monkeypatch, main, arguments, left_out):
+    made = []
+
+    def stop(config, folder, script, made_with, source):
+        made.append((script, made_with.keys() - {"train_seg.temperature"}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "discard_outdated", stop)
+    monkeypatch.setattr(runs, "load_network", lambda *everything: SimpleNamespace(trained_with={}))
+    with pytest.raises(KeyboardInterrupt):
+        start(main, *arguments)
+    (script, keys), = made
+    assert keys == names_of(script, left_out) | COMMON
+
+
+def test_a_segmenter_names_every_setting_that_decides_it(work):
+    made = torch.load(start(train_seg.main, "train_seg.iterations=1") / "seg.pt", weights_only=True)["settings"]
+    assert made.keys() == names_of("train_seg", "val_images val_every keep_best") | COMMON | {
+        "data.train", "run.seed", "data.masks", "content of boxes", "content of labels", "weights file"}
+
+
 def scores_of(run):
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {line["iteration"]: line["val_miou"] for line in lines if "val_miou" in line}
@@ -245,7 +284,7 @@ def test_the_scores_are_those_of_eval_and_the_best_says_who_chose_it(work, monke
     results = json.loads((run / "eval.json").read_text())
     assert list(results) == ["val, plain", "val, plain, chosen on 3 images of val"]
     assert results["val, plain, chosen on 3 images of val"]["method"] == "plain, chosen on 3 images of val"
-    assert results["val, plain"]["miou"] != results["val, plain, chosen on 3 images of val"]["miou"]
+    assert results["val, plain"]["network"] != results["val, plain, chosen on 3 images of val"]["network"]
     assert (run / "curves.png").is_file()
 
     start(train_seg.main, "train_seg.lr=0.01", "run.overwrite=true")  # another training's best would be left behind

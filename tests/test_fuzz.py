@@ -205,7 +205,7 @@ def test_a_checkpoint_that_unpacks_to_much(tmp_path):
             tensor = item.filename.endswith("/0")
             new.writestr(item.filename,
                          bytes(10 ** 8) if tensor else old.read(item))
-    refusal(lambda: load(tmp_path), "cls.pt")
+    assert refusal(lambda: load(tmp_path), "cls.pt")
 
 
 XML = ("<annotation><size><width>{w}</width><height>{h}</height></size>{more}"

@@ -170,7 +170,7 @@ def test_help_names_every_setting_once_with_its_default_and_comment(stage, tmp_p
             expected = field.default
             if field.name != "classes":
                 assert eval(default) == expected
-    assert COMMENTS[stage] in sections[0] and "# processes that read images or run the CRF" in sections[2]
+    assert COMMENTS[stage] in sections[0] and "# processes that read images; as many run the CRF" in sections[2]
     assert "    # A list is named by its path under ImageSets, such as Main/trainval; a\n" in sections[1]
 
 

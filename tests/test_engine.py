@@ -139,6 +139,16 @@ def square(network, batch):
     return {"loss": network.layer(batch["image"]).square().mean() * torch.rand(())}
 
 
+def square_until(file):
+    """The same, but Ctrl-C once the file exists."""
+    def stop(network, batch):
+        if file.exists():
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    return stop
+
+
 def test_the_steps_are_those_of_sgd_by_hand(tmp_path):
     """Of a gradient of 1: v = 0.9 v + 1 + 5e-4 b, then b -= 0.1 (1 - i / 7)^0.9 v."""
     seen = []
@@ -271,11 +281,7 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tmp_path, c
 @pytest.mark.parametrize("file, words", [("cls.pt", "finished before"), ("cls.pt.partial", "from iteration 2")])
 def test_a_training_older_than_a_setting_had_its_default(tmp_path, capsys, file, words):
     """So that a new setting does not put an end to the trainings of before."""
-    def stop(network, batch):
-        if (tmp_path / file).exists():
-            raise KeyboardInterrupt
-        return square(network, batch)
-
+    stop = square_until(tmp_path / file)
     with suppress(KeyboardInterrupt):
         train_tiny(tmp_path, stop)
     content = torch.load(tmp_path / file, weights_only=True)
@@ -288,11 +294,7 @@ def test_a_training_older_than_a_setting_had_its_default(tmp_path, capsys, file,
 
 
 def test_an_unfinished_run_with_other_settings_is_refused_or_lost(tmp_path):
-    def stop(network, batch):
-        if (tmp_path / "cls.pt.partial").exists():
-            raise KeyboardInterrupt
-        return square(network, batch)
-
+    stop = square_until(tmp_path / "cls.pt.partial")
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path, stop)
     with pytest.raises(UsageError, match="train_cls.lr 0.1 -> 0.2; set"):
@@ -304,11 +306,7 @@ def test_an_unfinished_run_with_other_settings_is_refused_or_lost(tmp_path):
 
 def test_what_was_to_be_overwritten_is_still_finished(tmp_path, capsys):
     """While a training of other settings, which was stopped, can go on."""
-    def stop(network, batch):
-        if (tmp_path / "cls.pt.partial").exists():
-            raise KeyboardInterrupt
-        return square(network, batch)
-
+    stop = square_until(tmp_path / "cls.pt.partial")
     train_tiny(tmp_path, square)
     first = (tmp_path / "cls.pt").read_bytes()
     with pytest.raises(KeyboardInterrupt):
@@ -320,11 +318,7 @@ def test_what_was_to_be_overwritten_is_still_finished(tmp_path, capsys):
 
 
 def test_the_same_command_resumes_with_overwrite_too(tmp_path, capsys):
-    def stop(network, batch):
-        if (tmp_path / "cls.pt.partial").exists():
-            raise KeyboardInterrupt
-        return square(network, batch)
-
+    stop = square_until(tmp_path / "cls.pt.partial")
     train_tiny(tmp_path, square)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path, stop, lr=0.2, overwrite=True)
@@ -351,11 +345,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_last_checkpoint(tmp_path, mon
 
 
 def test_memory_that_is_short_does_not_ask_to_delete_a_checkpoint(tmp_path, monkeypatch):
-    def stop(network, batch):
-        if (tmp_path / "cls.pt.partial").exists():
-            raise KeyboardInterrupt
-        return square(network, batch)
-
+    stop = square_until(tmp_path / "cls.pt.partial")
     def load(*arguments, **settings):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 

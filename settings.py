@@ -262,8 +262,10 @@ def put(found: dict, section: str, key: str, value: object,
     if key not in kinds:
         homes = [f"{name}.{key}" for name, kind in SECTIONS.items()
                  if key in get_type_hints(kind)]
-        hint = (f"; did you mean {' or '.join(homes)}?" if homes
-                else nearest(key, kinds))
+        hint = nearest(key, kinds, cutoff=0.9)  # one letter off
+        if not hint and homes:
+            hint = f"; did you mean {' or '.join(homes)}?"
+        hint = hint or nearest(key, kinds)
         raise UsageError(f"{where}: unknown setting {section}.{key}{hint}")
     try:
         setattr(found[section], key, convert(value, kinds[key]))
@@ -306,8 +308,8 @@ def one_line(name: object) -> str:
     return " ".join(str(name).split())[:99]
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word[:99], words, 1, 0.4)
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.4) -> str:
+    close = difflib.get_close_matches(word[:99], words, 1, cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 

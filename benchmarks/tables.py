@@ -76,14 +76,17 @@ def differences(runs: dict, method: str, first: list[str], second: list[str],
 
 
 def cells(by_seed: dict[int, float]) -> str:
-    """Seed by seed; and the mean, of three sets of labels with its interval, in bold if 0 is not in it."""
+    """Seed by seed; and the mean, of three sets of labels with its interval, in bold if 0 is not in it: over all seeds,
+    or, if that is wider, over the means of seeds that share their labels.
+    """
     values = [*by_seed.values()]
     sets = [[v for seed, v in by_seed.items() if seed % 3 == first] for first in range(3)]
     interval = f"{mean(values):+.2f}"
     if all(sets):
-        half = max(half_interval(values), half_interval([*map(mean, sets)]))
-        bold = "**" if half < abs(mean(values)) else ""
-        interval = f"{bold}{interval} ± {half:.2f}{bold}"
+        wider = max(values, [*map(mean, sets)], key=half_interval)
+        centre, half = mean(wider), half_interval(wider)
+        bold = "**" if half < abs(centre) else ""
+        interval = f"{bold}{centre:+.2f} ± {half:.2f}{bold}"
     return f"{', '.join(f'{v:+.1f}' for v in values)} | {interval}"
 
 
@@ -113,14 +116,12 @@ def table_of_pixels(runs: dict) -> str:
 
 
 def table_of_classes(runs: dict, head: str, columns: dict[str, tuple[str, str]]) -> str:
-    """Of columns {title: (run, method)}: IoU, the mean over those of seeds 0, 1 and 2 that were trained."""
-    found = [{seed: runs[run.format(seed)][f"{LIST}, {method}"] for seed in range(3) if run.format(seed) in runs}
-             for run, method in columns.values()]
-    rows = [[head, *columns], ["seeds", *(", ".join(map(str, by_seed)) for by_seed in found)]]
-    names = next(iter(found[0].values()))["iou"]
-    for name in names:
-        rows.append([name, *(f"{mean(s['iou'][name] for s in by_seed.values()):.1f}" for by_seed in found)])
-    rows.append(["mean", *(f"{mean(s['miou'] for s in by_seed.values()):.1f}" for by_seed in found)])
+    """Of columns {title: (run, method)}: IoU, the mean over seeds 0, 1 and 2."""
+    found = [[runs[run.format(seed)][f"{LIST}, {method}"] for seed in range(3)] for run, method in columns.values()]
+    rows = [[head, *columns]]
+    for name in found[0][0]["iou"]:
+        rows.append([name, *(f"{mean(s['iou'][name] for s in scores):.1f}" for scores in found)])
+    rows.append(["mean", *(f"{mean(s['miou'] for s in scores):.1f}" for scores in found)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 

@@ -207,18 +207,18 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def png(image: Image.Image) -> bytes:
-    """A PIL image as the bytes of a PNG file."""
+def write_png(path: PathLike, image: Image.Image) -> None:
+    """Writes a PIL image as a PNG, atomically."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return buffer.getvalue()
+    write(path, buffer.getbuffer())
 
 
 def write_mask(path: PathLike, labels: np.ndarray) -> None:
     """Writes (H, W) uint8 labels as a PNG with VOC's colours, atomically."""
     image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
     image.putpalette(palette().tobytes())
-    write(path, png(image))
+    write_png(path, image)
 
 
 def read_annotation(path: PathLike, classes: Sequence[str]) -> tuple:

@@ -129,16 +129,14 @@ def finished_before(config: SimpleNamespace, path: Path, partial: Path,
     """
     if not path.exists():
         return False
-    before = runs.with_new_settings(
-        runs.read_checkpoint(path).get("settings"), made_with)
-    if before == made_with:
-        print(f"{path}: finished before with these settings; delete it to "
-              "train again")
-        return True
+    before = runs.read_checkpoint(path).get("settings")
     # With a partial one, another training is on its way to replace it.
-    if not partial.exists() and not config.run.overwrite:
-        runs.refuse_changes(path, before, made_with)
-    return False
+    overwrite = config.run.overwrite or partial.exists()
+    if runs.made_otherwise(path, before, made_with, overwrite):
+        return False
+    print(f"{path}: finished before with these settings; delete it to train "
+          "again")
+    return True
 
 
 def for_training(config: SimpleNamespace, s: Stage,
@@ -267,10 +265,9 @@ def resume(config: SimpleNamespace, partial: Path, made_with: dict,
         return 0
     try:
         saved: Any = models.read_file(partial)
-        before = runs.with_new_settings(saved["settings"], made_with)
-        if before != made_with and config.run.overwrite:
+        if runs.made_otherwise(partial, saved["settings"], made_with,
+                               config.run.overwrite):
             return 0
-        runs.refuse_changes(partial, before, made_with)
         for key, part in parts.items():
             part.load_state_dict(saved[key])
         if runs.rank() < len(saved["random"]):  # there may be more ranks now
@@ -366,8 +363,6 @@ def prediction_folder(config: SimpleNamespace) -> Path:
 
 def true_masks(config: SimpleNamespace, split: str) -> Path | None:
     """The folder of true masks, or None where no image of the list has one."""
-    if not config.data.truth:
-        return None
     folder = Path(config.data.root, config.data.truth).resolve()
     ids = datasets.find_images(config.data.root, split)
     found = any((folder / f"{name}.png").is_file() for name in ids)

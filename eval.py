@@ -105,34 +105,29 @@ def predict_images(config: SimpleNamespace, network: models.DeepLab,
         config, dataset, f"eval {engine.method(config)}",
         lambda name: not s.images and (folder / f"{name}.png").exists())
 
-    def cosines():
+    def predictions():
         for sample in samples:
+            path = folder / f"{sample['id']}.png"
             if "fault" in sample:
-                (folder / f"{sample['id']}.png").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 samples.write(f"skipped: {sample['fault']}", sys.stderr)
                 continue
             image = sample["image"].as_subclass(torch.Tensor)
             with engine.autocast(config):
-                cosine = engine.predict(network, image.to(config.device),
-                                        s.scales, s.flip).float()
-            size = sample.get("size", image.shape[1:])
-            yield folder / f"{sample['id']}.png", size, image, cosine
-
-    def crf_tasks():
-        for path, size, image, cosine in cosines():
-            logits = temperature * cosine
-            yield (path, size), (
-                image.permute(1, 2, 0).numpy(),
-                logits.softmax(0).cpu().numpy(),
+                maps = engine.predict(network, image.to(config.device),
+                                      s.scales, s.flip).float()
+            if s.crf:
+                maps = (temperature * maps).softmax(0)
+            yield (path, sample.get("size", image.shape[1:])), (
+                image.permute(1, 2, 0).numpy(), maps.cpu().numpy(),
                 s.crf_bilateral, s.crf_gaussian, s.crf_iterations)
 
-    if s.crf:
-        for (path, size), marginals in runs.overlap(
-                config.run.workers, dense_crf, crf_tasks()):
-            write_labels(path, marginals, size)
-    else:
-        for path, size, _, cosine in cosines():
-            write_labels(path, cosine.cpu().numpy(), size)
+    workers, label = config.run.workers, dense_crf
+    if not s.crf:
+        workers, label = 0, lambda image, maps, *_: maps
+    for (path, size), maps in runs.overlap(workers, label, predictions()):
+        write_labels(path, maps, size)
+    runs.barrier()
 
 
 def segment_photos(config: SimpleNamespace, network: models.DeepLab,
@@ -144,7 +139,6 @@ def segment_photos(config: SimpleNamespace, network: models.DeepLab,
         runs.write_settings(config, "eval")
     runs.barrier()
     predict_images(config, network, photos, folder)
-    runs.barrier()
     if runs.rank() == 0:
         pictures.write_overlays(photos.paths, folder, network.classes)
 
@@ -230,7 +224,6 @@ def main(config: SimpleNamespace) -> None:
     made_with = runs.settings_of(config, "eval", *others, without=without)
     runs.discard_outdated(config, folder, "eval", made_with, weights)
     predict_images(config, network, dataset, folder)
-    runs.barrier()
     if engine.true_masks(config, split):
         report(config, split, folder, network, weights)
     else:

@@ -148,16 +148,15 @@ def unaries(config: SimpleNamespace, network: models.BoxClassifier,
             sample: dict) -> Unaries:
     """A sample of VOCDataset through the network."""
     s, device = config.make_labels, config.device
-    image, boxes, labels, outside = (
-        sample[key].as_subclass(torch.Tensor)
-        for key in ("image", "boxes", "labels", "background"))
-    outside = outside[0].to(device) == 1
-    size, classes = outside.shape, sorted(set(labels.tolist()))
+    image, boxes, labels = (sample[key].as_subclass(torch.Tensor)
+                            for key in ("image", "boxes", "labels"))
+    classes = sorted(set(labels.tolist()))
+    own = unions(boxes, labels, classes, image.shape[1:])
+    outside = ~own.any(0).to(device)
     up = upsampled(config, network, image)
     w = network.classifier.weight.float()
     attention = background_attention(up, w, outside, s)
     cams = activation_maps(up, w, boxes, labels, classes, s)
-    own = unions(boxes, labels, classes, size)
     if s.unary == "logits":
         maps = logits(config, network, image, up, w[[0, *classes]], s.sizes)
         probabilities = logit_probabilities(maps, own.to(device), up, s)
@@ -264,7 +263,7 @@ def label_split(config: SimpleNamespace, network: models.BoxClassifier,
         datasets.write_mask(ret, y_ret.byte().cpu().numpy())
         if pictures:
             for path, picture in zip(pictures, heat(u)):
-                datasets.write(path, datasets.png(picture))
+                datasets.write_png(path, picture)
 
 
 def score_split(config: SimpleNamespace, split: str,

@@ -74,8 +74,7 @@ def write_overlays(paths: dict[str, Path], folder: Path,
         labels = datasets.read_mask(folder / f"{name}.png", datasets.VOID)
         mixed = image // 2 + datasets.palette()[labels] // 2
         overlay = np.where(labels[..., None] > 0, mixed, image)
-        datasets.write(folder / f"{file}.png",
-                       datasets.png(Image.fromarray(overlay)))
+        datasets.write_png(folder / f"{file}.png", Image.fromarray(overlay))
         written += 1
     print(f"{folder}: labels and overlays of {written} photographs, "
           f"{', '.join(f'{k} {name}' for k, name in enumerate(classes, 1))}")
@@ -109,26 +108,19 @@ def panel(config: SimpleNamespace, name: str, path: Path,
         if heat is not None:
             return heat_map(image, heat)
 
+    objects: tuple = (), ()
+    annotation = Path(data.root, "Annotations", f"{name}.xml")
+    if annotation.exists():
+        objects = datasets.read_annotation(annotation, data.classes)[:2]
     y_crf, y_ret, differ = read(labels / "Ycrf"), read(labels / "Yret"), None
     if y_crf is not None and y_ret is not None:
         differ = Image.fromarray((y_crf != y_ret) * np.uint8(255))
-    row = {"boxes": with_boxes(config, name, image),
-           "attention u0": heated("u0"), "CAM u_c": heated("cam"),
-           "Ycrf": coloured(y_crf), "Yret": coloured(y_ret),
-           "Ycrf != Yret": differ}
-    if data.truth:
-        row["truth"] = coloured(read(Path(data.root, data.truth)))
-    return row | {"prediction": coloured(read(predictions))}
-
-
-def with_boxes(config: SimpleNamespace, name: str,
-               image: np.ndarray) -> Image.Image:
-    data = config.data
-    annotation = Path(data.root, "Annotations", f"{name}.xml")
-    if not annotation.exists():
-        return Image.fromarray(image)
-    boxes, labels, _ = datasets.read_annotation(annotation, data.classes)
-    return outlined(image, boxes.tolist(), labels.tolist())
+    return {"boxes": outlined(image, *objects),
+            "attention u0": heated("u0"), "CAM u_c": heated("cam"),
+            "Ycrf": coloured(y_crf), "Yret": coloured(y_ret),
+            "Ycrf != Yret": differ,
+            "truth": coloured(read(Path(data.root, data.truth))),
+            "prediction": coloured(read(predictions))}
 
 
 def draw_panels(config: SimpleNamespace, paths: dict[str, Path],
@@ -160,7 +152,7 @@ def draw_panels(config: SimpleNamespace, paths: dict[str, Path],
                 sheet.paste(cell, (left, top))
             top += height + GAP
     path = config.path / "panels.png"
-    datasets.write(path, datasets.png(sheet))
+    datasets.write_png(path, sheet)
     print(f"{path}: {', '.join(titles)} of {len(rows)} images")
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +42,6 @@ from settings import UsageError
 ROOT = Path(__file__).parent
 FAULTS = datasets.DataError, models.WeightsError, UsageError
 MADE_BY = {"cls.pt": "train_cls.py", "seg.pt": "train_seg.py"}
-PACKAGES = "torch", "torchvision", "timm", "numpy", "pydensecrf2"
 event_writers: dict = {}  # folder of a stage -> TensorBoard's writer
 locks: list = []  # open files that this process holds locked
 AnyNetwork = TypeVar("AnyNetwork", bound=models.Network)
@@ -82,20 +80,13 @@ def launch(script: str, main: Callable[[SimpleNamespace], object]) -> None:
     except KeyboardInterrupt:
         end("interrupted; the same command resumes", 130)
     except BrokenPipeError:
-        if not reader_is_gone():
-            raise
-        os._exit(1)
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # what reads it has ended, such as `| head`
+            os._exit(1)
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def reader_is_gone() -> bool:
-    """Whether what reads the output has ended, such as `| head -1`."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        return True
-    return False
 
 
 def end(line: str, status: int) -> None:
@@ -110,7 +101,7 @@ def end(line: str, status: int) -> None:
 
 def end_with_traceback(kind, error, trace) -> None:
     """Python's own report of an error, as sys.excepthook."""
-    traceback.print_exception(kind, error, trace)
+    sys.__excepthook__(kind, error, trace)
     if dist.is_initialized():
         # torchrun blames the first rank that ends. One that only lost
         # another must not be it.
@@ -316,26 +307,25 @@ def settings_of(config: SimpleNamespace, section: str, *others: str,
             for key, value in values.items()}
 
 
-def with_new_settings(before: object, now: dict) -> dict:
-    """The settings `before`, which made a file; those that were added to
-    settings.py since then have their defaults, which must not change results.
+def made_otherwise(path: Path, before: object, now: dict,
+                   overwrite: bool) -> bool:
+    """Whether other settings, `before`, made what is at `path`, which is
+    refused unless it may be overwritten. Those that were added to settings.py
+    since then had their defaults, which must not change results.
     """
     before = before if isinstance(before, dict) else {}
     defaults = {f"{name}.{key}": list(v) if isinstance(v, tuple) else v
                 for name, section in settings.SECTIONS.items()
                 for key, v in asdict(section()).items()}
-    return {key: defaults[key] for key in now if key in defaults} | before
-
-
-def refuse_changes(path: Path, before: dict, now: dict) -> None:
-    """Refuses to continue or replace what other settings made."""
+    before = {key: defaults[key] for key in now if key in defaults} | before
     changed = [f"{key} {reprlib.repr(before.get(key))} -> "
                f"{reprlib.repr(now.get(key))}" for key in {**before, **now}
                if before.get(key) != now.get(key)]
-    if changed:
+    if changed and not overwrite:
         raise UsageError(f"{path} was made with other settings: "
                          f"{', '.join(changed)}; set run.name to a new one, "
                          "or overwrite=true to discard it")
+    return bool(changed)
 
 
 def discard_outdated(config: SimpleNamespace, folder: Path, script: str,
@@ -363,13 +353,11 @@ def replace_if_changed(folder: Path, now: dict, overwrite: bool) -> None:
     before = read_json(stamp)
     trash = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(trash, ignore_errors=True)
-    if "settings" in before:
-        before["settings"] = with_new_settings(before["settings"],
-                                               now["settings"])
+    if "settings" in before and not made_otherwise(
+            folder, before["settings"], now["settings"], overwrite):
+        before["settings"] = now["settings"]  # with those added since then
     if before == now:
         return
-    if "settings" in before and not overwrite:
-        refuse_changes(folder, before["settings"], now["settings"])
     if folder.is_dir():
         if not before and not overwrite and any(
                 path.name[0] != "." for path in folder.iterdir()):
@@ -418,21 +406,17 @@ def write_settings(config: SimpleNamespace, script: str) -> None:
 
 def versions() -> str:
     """The commit of this code, and what it runs on."""
-    found = [f"commit {commit()}", f"Python {platform.python_version()}"]
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return ", ".join(found)
-
-
-def commit() -> str:
-    try:
-        return subprocess.run(
+    commit = "unknown"
+    with suppress(FileNotFoundError, subprocess.CalledProcessError):
+        commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             cwd=ROOT, capture_output=True, encoding="utf-8",
             check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
+    found = [f"commit {commit}", f"Python {platform.python_version()}"]
+    for package in ("torch", "torchvision", "timm", "numpy", "pydensecrf2"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
 
 
 def log(config: SimpleNamespace, stage: str, iteration: int | None = None,

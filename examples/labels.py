@@ -30,8 +30,7 @@ for text, (x0, y0, x1, y1) in zip(objects, sides):
 boxes = torch.tensor(sides).view(-1, 4)
 sample = {
     "image": torch.tensor(image).permute(2, 0, 1), "boxes": boxes,
-    "labels": torch.tensor([1 + network.classes.index(n) for n in names]),
-    "background": datasets.outside_boxes(boxes, (H, W))}
+    "labels": torch.tensor([1 + network.classes.index(n) for n in names])}
 
 s = MakeLabels()  # the paper's settings
 config = SimpleNamespace(make_labels=s, run=Run(), device=torch.device("cpu"))

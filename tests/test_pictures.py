@@ -107,7 +107,7 @@ def test_each_column_shows_its_own_file(folder):
     assert row["attention u0"] is None and row["CAM u_c"] is None
     for kind, value in (("u0", 40), ("cam", 200)):
         heat = Image.new("L", Image.open(image).size, value)
-        datasets.write(f"runs/shapes/labels/{kind}/{name}.png", datasets.png(heat))
+        datasets.write_png(f"runs/shapes/labels/{kind}/{name}.png", heat)
     row = pictures.panel(settings.read("eval", []), name, image, Path("made"))
     for title, value in (("attention u0", 40), ("CAM u_c", 200)):
         pixels = datasets.read_image(image)

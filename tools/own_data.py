@@ -437,7 +437,8 @@ def choose(export):
     for split, place in lists(export):
         if place.is_dir():
             for picture in export.pictures:
-                picture.splits |= {split} if place in picture.path.parents else set()
+                if place in picture.path.parents:
+                    picture.splits.add(split)
             continue
         with noted(export.broken, place):
             for index, line in lines(place):
@@ -490,7 +491,7 @@ def attach_masks(export):
 
 def mask_colours(export):
     """{colour: label}: VOC's, or CVAT's labelmap.txt; whether the second."""
-    names, colours = ["background", *export.labels], {}
+    names, colours = ["background", *export.objects], {}
     for path in [path for path in export.files if path.name == "labelmap.txt"]:
         with noted(export.broken, path):
             for _, line in lines(path):
@@ -505,7 +506,7 @@ def mask_colours(export):
 def labels_of(mask, export):
     """A mask as (H, W) labels, 0, 1, ... and 255, void. Raises DataError of
     the reason alone."""
-    (known, mapped), count = export.colours, len(export.labels)
+    (known, mapped), count = export.colours, len(export.objects)
     grey = mask.mode in ("1", "L") or mask.mode[0] == "I"
     if grey:
         colours = np.asarray(mask.convert("I")).astype(int) * sum(CODE)
@@ -560,12 +561,12 @@ def convert(picture, export):
         notes["images turned upright"] += turn > 1
         notes["images without a mask"] += bool(export.masks and not picture.mask)
         boxes = upright_boxes(picture, size, turn)
-        labels = picture.mask and read_mask(picture, boxes, export, size, turn)
+        labels = picture.mask and upright_labels(picture, boxes, export, size, turn)
         if picture.faults:
             return
         scale = min(1, options.max_side / max(size))
         notes["images made smaller"] += scale < 1
-        new = picture.size = *(max(1, round(side * scale)) for side in size),
+        new = picture.size = tuple(max(1, round(side * scale)) for side in size)
         write_image(picture, kind, rgb, export.out)
         write_boxes(picture, boxes, np.divide(new * 2, size * 2), export)
         if picture.mask:
@@ -598,7 +599,7 @@ def upright_boxes(picture, size, turn):
     return boxes
 
 
-def read_mask(picture, boxes, export, size, turn):
+def upright_labels(picture, boxes, export, size, turn):
     """(H, W) labels of SOURCE, upright; None if there is a fault."""
     mask = open_image(picture.mask, Image.Image.copy)
     if turn in TURNS and mask.size == size[::-1] != size:
@@ -610,14 +611,14 @@ def read_mask(picture, boxes, export, size, turn):
         labels = labels_of(mask, export)
         for label in {*np.unique(labels).tolist()} - {0, VOID}:
             # Outside, it is another class's label, or another image's mask.
-            name, here = export.labels[label - 1], labels == label
+            name, here = export.objects[label - 1], labels == label
             own = torch.tensor([box for kind, box in boxes if kind == name])
             outside = here & outside_boxes(own.reshape(-1, 4), here.shape)[0].numpy()
             checked = picture.source or picture.splits != {"test"}
             refuse(checked and not picture.faults
                    and outside.sum() > here.sum() / 2,
                    f"most of label {label} lies outside the boxes of {name}; "
-                   f"labels 1, 2, ... are {', '.join(export.labels[:20])}")
+                   f"labels 1, 2, ... are {', '.join(export.objects[:20])}")
         return labels
 
 
@@ -666,7 +667,7 @@ def source_classes(export):
     if export.kind == "VOC XML" and used < {*VOC_CLASSES}:
         # The masks of a part of VOC count the classes that it lacks as well.
         for path in export.masks:
-            with noted([], kinds=DataError):  # convert reports it
+            with suppress(DataError):  # convert reports it
                 counts = open_image(path, Image.Image.histogram)
                 if len(counts) == 256 and any(counts[len(used) + 1:VOID]):
                     return [*VOC_CLASSES]
@@ -674,7 +675,7 @@ def source_classes(export):
 
 
 def name_classes(export, chosen, new):
-    """Sets labels, SOURCE's classes but background, in label order; classes,
+    """Sets objects, SOURCE's classes but background, in label order; classes,
     OUT's; final, {class: its name in OUT}; and table, OUT's label of each of
     SOURCE's."""
     names = source_classes(export)
@@ -682,16 +683,16 @@ def name_classes(export, chosen, new):
     unknown = {*new, *chosen} - {*names, *final.values()}
     refuse(unknown, f"--classes, --rename: no class {[*unknown][:1]}; there "
            f"are {', '.join(names)}")
-    export.labels = [name for name in names if name.lower() != "background"]
+    export.objects = [name for name in names if name.lower() != "background"]
     export.notes["class background left out: it is label 0"] = (
-        len(names) - len(export.labels))
+        len(names) - len(export.objects))
     export.final = {old: name for old, name in final.items()
                     if name.lower() != "background"
                     and (not chosen or {old, name} & {*chosen})}
     export.classes = [*dict.fromkeys(export.final.values())]
     refuse(len(export.classes) >= VOID, f"{export.root}: over 254 classes")
     labels = [export.classes.index(export.final[name]) + 1
-              if name in export.final else 0 for name in export.labels]
+              if name in export.final else 0 for name in export.objects]
     export.table = np.array([0, *labels, *[0] * 256][:256], np.uint8)
     export.table[VOID] = VOID
 

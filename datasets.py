@@ -102,6 +102,9 @@ def open_image(path: PathLike, see: Callable[[Image.Image], Any]) -> Any:
     try:
         with Image.open(path) as image:
             return see(image)
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: more pixels than Pillow reads; cut it into "
+                        "tiles, or make it smaller") from None
     except BROKEN_IMAGE as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the machine's fault: errors of decoding have no number

@@ -119,8 +119,12 @@ def log_softmax(cosine: Tensor, temperature: float) -> Tensor:
 
 def at_label(scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """scores (N, L, H, W) of each pixel's label: (N, H, W). A void pixel gets
-    label 0's score, which the caller must leave out.
+    label 0's score, which the caller must leave out. Raises ValueError for
+    labels of another size, of which gather would take a corner.
     """
+    if labels.shape != scores.shape[:1] + scores.shape[2:]:
+        raise ValueError(f"labels are {tuple(labels.shape)}, cosines "
+                         f"{tuple(scores.shape)}, not (N, H, W), (N, L, H, W)")
     channel = torch.where(labels == ignore_index, 0, labels.long())
     return scores.gather(1, channel[:, None])[:, 0]
 
@@ -129,6 +133,9 @@ def agreement(
         y_crf: Tensor, y_ret: Tensor,
         ignore_index: int) -> tuple[Tensor, Tensor]:
     """The masks of S and ~S: (N, H, W) bool."""
+    if y_crf.shape != y_ret.shape:
+        raise ValueError(f"y_crf is {tuple(y_crf.shape)}, y_ret "
+                         f"{tuple(y_ret.shape)}")
     known = (y_crf != ignore_index) & (y_ret != ignore_index)
     return known & (y_crf == y_ret), known & (y_crf != y_ret)
 

@@ -92,3 +92,10 @@ def test_hours_leave_out_stops():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from published import hours
     assert hours([1000, 1060, 1360, 1661, 1721]) == (60 + 300 + 60) / 3600
+
+
+def test_without_scipy(runs):
+    code = ("import sys, runpy; sys.modules['scipy'] = None; sys.argv = ['compare.py', 'val, plain', 'x_0', 'x_1'];"
+            f"runpy.run_path({str(ROOT / 'tools/compare.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs, capture_output=True, text=True)
+    assert done.returncode and done.stderr == "the 95 % interval needs scipy: pip install scipy\n"

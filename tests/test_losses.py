@@ -271,3 +271,15 @@ def test_a_gradient_for_each_image_by_torch_func(name):
         expected = value_and_gradient(getattr(reference, name)(image, y_crf[n:n + 1], y_ret[n:n + 1]), image)
         for ours, theirs in zip(found, (expected[0], expected[1][0])):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [(2, 4, 4), (1, 8, 8), (2, 1, 8, 8)])
+@pytest.mark.parametrize("name", ["noise_aware_loss", "agreement_loss", "entropy_loss", "bootstrap_loss"])
+def test_labels_of_another_shape(name, wrong):
+    cosine, right = torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)
+    other = torch.zeros(wrong, dtype=torch.int64)
+    for pair in ((other, other), (right, other), (other, right)):
+        with pytest.raises(ValueError, match="are|is"):
+            getattr(losses, name)(cosine, *pair)
+    with pytest.raises(ValueError):
+        losses.cross_entropy(cosine, other)

@@ -501,7 +501,7 @@ def test_two_images_of_one_annotation_and_two_annotations_of_one_image(run):
     Path("data/images/a.png").unlink()
     save("data/old/b.xml", XML)
     status, text = run()
-    assert status == 2 and "data/xml/b.xml: a second annotation, beside data/old/b.xml" in text
+    assert status == 2 and "data/xml/b.xml: a second annotation of data/images/b.jpg, beside data/old/b.xml" in text
 
 
 # -------------------------------------------------------- names of classes
@@ -1050,3 +1050,118 @@ def test_a_broken_mask_hides_no_other_fault(run):
     assert status == 2 and "faults: 2" in text
     assert "SegmentationClass/a.png: broken image" in text
     assert "JPEGImages/b.jpg: broken image" in text
+
+
+def labelled(*names, text=YOLO):
+    for seed, name in enumerate(names):
+        save(f"data/{name}", picture(seed=seed))
+        save(f"data/{Path(name).with_suffix('.txt')}", text)
+    save("data/classes.txt", "thing\n")
+
+
+def entry(image):
+    return dict(image_id=image, category_id=1, bbox=[20, 15, 40, 35])
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png"])
+@pytest.mark.parametrize("name", ["mask", "labels", "annotations"])
+def test_annotated_images_in_a_folder_that_masks_could_be_in(run, name, ending):
+    for part in (name, "other"):
+        save(f"data/{part}/{part}{ending}", picture())
+        save(f"data/{part}/{part}.xml", XML)
+    assert run()[0] == 0
+    assert [*made()[1]["train"]] == [name, "other"] or {*made()[1]["train"]} == {name, "other"}
+
+
+def test_only_a_logo_lies_outside(run):
+    for n in "ab":
+        save(f"data/annotations/{n}.jpg", picture())
+        save(f"data/annotations/{n}.xml", XML)
+    save("data/logo.png", picture())
+    status, text = run()
+    assert status == 2 and "data/logo.png: no annotation" in text and "unpack" not in text
+
+
+def test_an_image_that_is_taken_for_a_mask_is_said_to_be(run):
+    for part in ("mask", "other"):
+        save(f"data/{part}/{part}.png", picture())
+    save("data/a.json", coco([(1, "mask/mask.png", 96, 72), (2, "other/other.png", 96, 72)],
+                             [entry(1), entry(2)], [(1, "thing")]))
+    status, text = run()
+    assert status == 2 and "no image 'mask/mask.png'; data/mask/mask.png is taken for a mask" in text
+
+
+def test_equal_names_in_folders_of_equal_words(run):
+    labelled("2023/01/02/f.jpg", "2023/02/01/f.jpg")
+    save("data/2023/02/01/f.txt", "")
+    assert run()[0] == 0
+    assert {name: len(boxes(s)) for name, s in made()[1]["train"].items()} == {"2023_01_02_f": 1, "2023_02_01_f": 0}
+
+
+def test_equal_names_in_folders_of_equal_words_in_coco(run):
+    names = "2023/01/02/f.jpg", "2023/02/01/f.jpg"
+    for n in names:
+        save(f"data/images/{n}", picture())
+    save("data/all.json", coco([(k, n, 96, 72) for k, n in enumerate(names)], [entry(0)], [(1, "thing")]))
+    assert run()[0] == 0
+    assert {name[-7:]: len(boxes(s)) for name, s in made()[1]["train"].items()} == {"01_02_f": 1, "02_01_f": 0}
+
+
+@pytest.mark.parametrize("part", [" new", "a" * 201, os.fsdecode(b"M\xfcnchen")])
+def test_folders_that_become_a_part_of_an_id(run, part):
+    labelled(f"{part}/f.jpg", "old/f.jpg")
+    status, text = run()
+    assert status == 2 and "faults: 1\n" in text and "name" in text
+
+
+def test_names_of_screenshots(run):
+    labelled("Screenshot 1.00.00\u202fPM.png")  # macOS, a narrow no-break space
+    assert run()[0] == 0
+    assert [*made()[1]["train"]] == ["Screenshot 1.00.00\u202fPM"]
+
+
+def test_a_coco_file_beside_instances_is_said_to_be_left_out(run):
+    for n, file in ("a", "one/instances_default.json"), ("b", "two/_annotations.coco.json"):
+        save(f"data/images/{n}.jpg", picture())
+        save(f"data/{file}", coco([(1, f"{n}.jpg", 96, 72)], [entry(1)], [(1, "thing")]))
+    status, text = run("data", "--empty")
+    assert "1 COCO files beside instances*.json, left out" in text
+
+
+def test_a_second_annotation_names_its_image(run):
+    for n in ("cat", "dog"):
+        save(f"data/{n}.json", coco([(1, "a.jpg", 96, 72)], [entry(1)], [(1, n)]))
+    save("data/a.jpg", picture())
+    status, text = run()
+    assert status == 2 and "data/dog.json: a second annotation of data/a.jpg, beside data/cat.json" in text
+
+
+def test_settings_of_other_tools(run):
+    labelled("a.jpg")
+    save("data/params.yaml", "train:\n  epochs: 10\n")  # DVC's
+    assert run()[0] == 0
+
+
+def test_all_in_test(run):
+    labelled("test/a.jpg")
+    status, text = run()
+    assert status == 2 and "no image with boxes for train, all are in test; rename" in text
+
+
+def test_yolo_with_a_mark_of_a_missing_image(run):
+    labelled("a.jpg")
+    save("data/b.txt", "\ufeff" + YOLO)
+    status, text = run()
+    assert status == 2 and "data/b.txt: no image 'b'" in text
+
+
+def test_a_huge_image(run):
+    save("data/a.png", Image.new("1", (20000, 10000)))
+    save("data/a.xml", xml(20000, 10000, [THING]))
+    status, text = run()
+    assert status == 2 and "data/a.png: more pixels than" in text and "tiles" in text
+
+
+def test_the_command_to_copy(run):
+    labelled("a.jpg")
+    assert "python train_cls.py 'my out/mine.yaml'" in run(out="my out")[1]

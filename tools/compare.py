@@ -33,7 +33,10 @@ def by_key(files: dict[str, dict]) -> dict[str, dict]:
 
 def half_interval(values: Sequence[float]) -> float:
     """Half the 95 % t interval of the mean of two values or more."""
-    from scipy import stats
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ValueError("the 95 % interval needs scipy: pip install scipy") from None
     return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import unicodedata
@@ -165,7 +166,7 @@ class Picture:
 
     def annotate(self, source):
         with noted(self.faults, source):
-            refuse(self.source, f"a second annotation, beside {self.source}")
+            refuse(self.source, f"a second annotation of {self.path}, beside {self.source}")
         self.source = source
 
     def measure(self, width, height):
@@ -184,7 +185,13 @@ class Export:
         self.faults, self.broken, self.notes = [], [], Counter()
         self.names, self.places, self.stems = [], [], defaultdict(list)
         images = self.ending(*IMAGE_ENDINGS)
-        masks = {p for p in images if MASKS.search(f"/{p.relative_to(root)}")}
+        masks = {p for p in images if p.suffix.lower() not in (*JPEG, ".jfif")
+                 and MASKS.search(f"/{p.relative_to(root)}")}
+        # Of an image that lies elsewhere, or without an annotation beside it.
+        others = {stem_of(p.name) for p in images if p not in masks}
+        beside = {(p.parent, stem_of(p.stem)) for p in self.ending(".xml", ".txt")}
+        masks = {p for p in masks if stem_of(p.name) in others
+                 or (p.parent, stem_of(p.name)) not in beside}
         # Without images elsewhere it is the images' own folder.
         self.masks = masks if len(masks) < len(images) else set()
         self.pictures = [Picture(p) for p in images if p not in self.masks]
@@ -210,12 +217,18 @@ class Export:
         path differs in the fewest words from `path` and `name`. DataError if
         none is called so, or two differ as little."""
         found = self.stems.get(stem_of(name), [])
-        refuse(not found, f"no image {name!r}")
+        mask = [p for p in self.masks if stem_of(p.name) == stem_of(name) and p != path]
+        hint = f"; {mask[0]} is taken for a mask: rename its folder" if mask else ""
+        refuse(not found, f"no image {name!r}{hint}")
         exact = name.replace("\\", "/").rpartition("/")[2]
         found = [p for p in found if p.path.name == exact] or found
         said = self.words(path, name)
         apart = [len(said ^ self.words(picture.path)) for picture in found]
         best = [p for p, count in zip(found, apart) if count == min(apart)]
+        # The same words in another order: the innermost folders decide.
+        inner = [*self.folders(path), *name.replace("\\", "/").split("/")[:-1]][::-1]
+        alike = [len(os.path.commonprefix([inner, [*self.folders(p.path)][::-1]])) for p in best]
+        best = [p for p, count in zip(best, alike) if count == max(alike)]
         refuse(len(best) > 1, f"{name!r} may be {best[0].path} or "
                f"{best[-1].path}; rename one")
         return best[0]
@@ -305,6 +318,8 @@ def names_in(path, export):
     for key in content.keys() & SPLITS.keys():
         values = content[key]
         for value in values if isinstance(values, list) else [values]:
+            if not isinstance(value, str):  # another tool's settings
+                continue
             # ../train/images is train/images here.
             place = value.replace("\\", "/").lstrip("./")
             if place and (path.parent / place).exists():
@@ -328,6 +343,7 @@ def coco_files(export):
                     for key in ("images", "annotations", "categories")):
                 found[path] = content
     own = {p: found[p] for p in found if p.name.startswith("instances")}
+    export.notes["COCO files beside instances*.json, left out"] = len(found) - len(own or found)
     return own or found, faults
 
 
@@ -390,7 +406,7 @@ def read_annotations(export):
     elif export.kind == "YOLO":
         names = yolo_names(export)
         export.names = [*names.values()]
-        read_each(export, ".txt", rb"\s*\d+(\s+[-\d.e]+){4}",
+        read_each(export, ".txt", rb"(\xef\xbb\xbf)?\s*\d+(\s+[-\d.e]+){4}",
                   partial(read_yolo, names=names))
     else:
         export.broken += faults
@@ -473,7 +489,10 @@ def give_ids(export):
         first = taken.setdefault(picture.id, path)
         with noted(picture.faults, ascii(str(path))):
             refuse(first != path, f"{first} has the same id; rename one")
-            refuse(not stem.isprintable() or stem != stem.strip(), "give it a plain name")
+            # A narrow space is plain: macOS writes one into names of screenshots.
+            plain = picture.id.replace("\u202f", " ").isprintable()
+            refuse(not plain or picture.id != picture.id.strip(), "give it, and its folders, plain names")
+            refuse(len(os.fsencode(picture.id)) > 200, "give it, or its folders, a shorter name")
 
 
 def attach_masks(export):
@@ -730,14 +749,17 @@ def fill(export, out):
         print(f"{out}: not written; correct the faults"
               f"{'' if export.broken else ', or give --skip-faults'}")
         return 2
+    used = [split for split in ("val", "test") if ids[split]]
+    hint = (f", all are in {' and '.join(used)}; rename the folder, list or JSON that is called so"
+            if used and not ids["train"] else "")
     refuse(not any("train" in p.splits and p.counts for p in whole),
-           f"{export.root}: no image with boxes for train")
+           f"{export.root}: no image with boxes for train{hint}")
     for split in filter(ids.get, ids):
         path = export.out / f"ImageSets/Segmentation/{split}.txt"
         path.write_text("\n".join([*ids[split], ""]), "utf-8")
     write_settings(export, ids, out)
     export.out.rename(out)
-    print(f"\npython train_cls.py {out / 'mine.yaml'}")
+    print(f"\npython train_cls.py {shlex.quote(str(out / 'mine.yaml'))}")
     return 0
 
 

@@ -115,11 +115,24 @@ def open_image(path: PathLike, see: Callable[[Image.Image], Any]) -> Any:
         raise DataError(f"{path}: broken image ({reason})") from None
 
 
+def refuse_dark(image: Image.Image) -> None:
+    """ValueError for colours of 16 bits, of which Pillow reads the upper 8, if
+    these are almost 0. Before EXIF is read, which loads a PNG.
+    """
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+    deep = deep and image.mode in ("RGB", "RGBA", "LA")
+    if deep and np.asarray(image.convert("RGB")).max() < 64:
+        raise ValueError("16 bits a channel, the upper 8 almost 0: save it "
+                         "with 8 bits")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture that a viewer shows: 8-bit RGB, upright by EXIF.
 
     Grey of more than 8 bits is stretched from its darkest to its brightest
-    value; what is transparent shows white."""
+    value; what is transparent shows white. ValueError for dark colours of 16
+    bits."""
+    refuse_dark(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, np.float64))

@@ -509,7 +509,8 @@ def load_network(config: SimpleNamespace, name: str,
     unknown = [name for name in classes if name not in network.classes]
     if unknown:
         raise UsageError(f"{path}: does not know {', '.join(unknown)}, only "
-                         f"{', '.join(network.classes)}; correct data.classes")
+                         f"{', '.join(network.classes)}; name the boxes so: "
+                         "tools/own_data.py --rename OLD=NEW")
     if classes:
         network.keep_classes(classes)
     network.to(config.device)

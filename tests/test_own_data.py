@@ -5,8 +5,10 @@ import os
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1165,3 +1167,46 @@ def test_a_huge_image(run):
 def test_the_command_to_copy(run):
     labelled("a.jpg")
     assert "python train_cls.py 'my out/mine.yaml'" in run(out="my out")[1]
+
+
+def deep_png(path, array):
+    """(H, W, 3) as a PNG of 16 bits a channel, which Pillow cannot write."""
+    height, width, _ = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    save(path, b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts))
+
+
+def test_dark_colours_of_sixteen_bits_are_named(run):
+    dark = np.asarray(picture()).astype(int) * 16  # of 12 bits, as microscopes have
+    deep_png("data/a.png", dark)
+    deep_png("data/b.png", dark * 16)
+    for n in "ab":
+        save(f"data/{n}.xml", XML)
+    status, text = run()
+    assert status == 2 and "faults: 1" in text and "data/a.png: " in text and "16 bits" in text
+    with pytest.raises(datasets.DataError, match="16 bits"):
+        datasets.read_image("data/a.png")
+    assert datasets.read_image("data/b.png").max() > 200
+
+
+@pytest.mark.parametrize("track", ["1", "7"])
+def test_yolo_of_a_tracker(run, track):
+    labelled("a.jpg", text=f"0 0.4 0.45 0.4 0.48 0.91 {track}\n")
+    status, text = run()
+    assert status == 2 and "data/a.txt: line 1: a seventh number" in text
+
+
+@pytest.mark.parametrize("name", ["Classes.txt", "CLASSES.TXT"])
+def test_class_names_in_capitals(run, name):
+    labelled("a.jpg")
+    Path("data/classes.txt").rename(f"data/{name}")
+    assert run()[0] == 0 and made()[0]["classes"] == ["thing"]
+
+
+def test_folders_called_sets(run):
+    labelled("training_set/a.jpg", "test_set/b.jpg")
+    assert run()[0] == 0
+    assert {split: [*names] for split, names in made()[1].items() if names} == {"train": ["a"], "test": ["b"]}

@@ -350,7 +350,8 @@ def test_files_that_scripts_refuse(tmp_path, authors):
                     classes=["a", "b"], model=network.state_dict()),
                tmp_path / "cls.pt")
     line = refused_line("make_labels", "weights=cls.pt", cwd=tmp_path)
-    assert line.endswith("cls.pt: does not know bar, ring, cross, crescent, vee, wave, only a, b; correct data.classes")
+    assert line.endswith("cls.pt: does not know bar, ring, cross, crescent, vee, wave, only a, b; "
+                         "name the boxes so: tools/own_data.py --rename OLD=NEW")
     line = refused_line("eval", "weights=cls.pt", cwd=tmp_path)
     assert "cls.pt: a BoxClassifier, not a DeepLab, which train_seg.py makes" in line
     assert not (tmp_path / "runs").exists()

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from datasets import IMAGE_ENDINGS, VOC_CLASSES, VOID, DataError  # noqa: E402, I001
-from datasets import open_image, outside_boxes, palette, temporary_folder, to_rgb, write_mask  # noqa: E402
+from datasets import open_image, outside_boxes, palette, refuse_dark, temporary_folder, to_rgb, write_mask  # noqa: E402
 
 JPEG = ".jpg", ".jpeg"
 KEPT = {"JPEG": JPEG, "MPO": JPEG, "PNG": (".png",)}  # MPO: a phone's JPEG
@@ -42,7 +42,7 @@ MASKS = re.compile(r"(?i)/(masks?|segmentation\w*|labels|annotations|gt)/"
                    r"((train|val|test)\w*/)?[^/]*$")
 SPLITS = dict(train="train", training="train", trainval="train", val="val",
               valid="val", validation="val", test="test", testing="test")
-BESIDE = {*SPLITS, *"images image imgs img labels annotations data obj".split()}
+BESIDE = {*SPLITS, *"images image imgs img labels annotations data obj set dataset".split()}
 TURNS = {  # EXIF's quarter turns: where a box in a stored (w, h) goes
     5: lambda x0, y0, x1, y1, w, h: (y0, x0, y1, x1),
     6: lambda x0, y0, x1, y1, w, h: (h - y1, x0, h - y0, x1),
@@ -275,6 +275,9 @@ def read_yolo(path, picture, names):
         with noted(picture.faults, where := f"{path}: line {index}"):
             kind, *values = map(number, line.split())
             refuse(len(values) == 5, "a sixth number, a confidence? Drop it")
+            # A triangle that ends on the lower edge has 1.0 there.
+            track = len(values) == 6 and line.split()[-1].isdigit() and values[-1] >= 1
+            refuse(track, "a seventh number, a track's? Drop it and the confidence")
             refuse(max(values, default=0) > 2, "pixels? YOLO's are normalised")
             refuse(names and kind not in names, f"class {kind:g} has no name")
             if len(values) == 4:
@@ -292,9 +295,10 @@ def yolo_names(export):
     for path in export.files:
         with noted(export.broken, path):
             names = []
-            if path.suffix in (".yaml", ".yml") or path.name == "obj.data":
+            file = path.name.lower()
+            if file.endswith((".yaml", ".yml")) or file == "obj.data":
                 names = names_in(path, export)
-            elif path.suffix == ".names" or path.name == "classes.txt":
+            elif file.endswith(".names") or file == "classes.txt":
                 names = path.read_text("utf-8-sig").splitlines()
             if isinstance(names, list):
                 names = dict(enumerate(names))
@@ -327,7 +331,7 @@ def names_in(path, export):
             elif place:
                 export.notes[f"{key} of {path}, which is not there: {place}"] += 1
     refuse("kpt_shape" in content, "keypoints; export boxes")
-    return content.get("names", []) if path.suffix != ".data" else []
+    return content.get("names", []) if path.suffix.lower() != ".data" else []
 
 
 def coco_files(export):
@@ -555,6 +559,7 @@ def examine(image, most):
     """(upright size, EXIF's turn, format, picture) of an open image; picture
     is None if the file can be used as it is, but it is decoded all the same,
     to find damage."""
+    refuse_dark(image)
     kind, turn, size = image.format, image.getexif().get(274), image.size
     turn = turn if turn in range(2, 9) else 1
     plain = image.mode in ("RGB", "L") and not image.has_transparency_data

@@ -37,8 +37,7 @@ with suppress(ImportError):  # photographs of many phones
 # What Pillow raises for a broken file.
 BROKEN_IMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError,
-    AttributeError, ArithmeticError, RuntimeError, struct.error, zlib.error,
-    Image.DecompressionBombError)
+    AttributeError, ArithmeticError, RuntimeError, struct.error, zlib.error)
 
 
 class DataError(ValueError):

@@ -210,7 +210,8 @@ def read(script: str, arguments: list[str]) -> SimpleNamespace:
         if "=" in argument:
             fill_from_argument(found, script, argument)
     config = SimpleNamespace(**found, path=Path("runs") / found["run"].name)
-    config.data.root = str(Path(config.data.root))  # data/ is data
+    # data/ is data, and ~ the home folder.
+    config.data.root = str(Path(config.data.root).expanduser())
     check(config)
     return config
 

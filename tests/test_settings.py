@@ -63,6 +63,12 @@ def test_a_folder_with_a_slash_behind_it_is_the_same():
     assert settings.read("eval", ["data.root=data/shapes/"]) == settings.read("eval", ["data.root=data/shapes"])
 
 
+def test_a_folder_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "mine.yaml").write_text("data: {root: ~/VOC2007}\n")
+    assert settings.read("eval", [str(tmp_path / "mine.yaml")]).data.root == "/home/me/VOC2007"
+
+
 def test_labels_may_be_made_without_the_crf():
     assert read("make_labels.crf_iterations=0").make_labels.crf_iterations == 0
     with pytest.raises(UsageError, match="eval.crf_iterations is 0; set eval.crf=false"):

@@ -21,7 +21,8 @@ def dense_crf(
     image (H, W, 3): uint8 RGB, the picture itself, not normalised.
     probabilities (L, H, W): in [0, 1], with a sum over L of 1 up to rounding.
     bilateral: weight, standard deviations in pixels and in colour (0..255).
-    gaussian: weight, standard deviation in pixels.
+    gaussian: weight, standard deviation in pixels. A weight of 0 leaves a term
+        out; with a deviation of 0 pydensecrf crashes the process.
 
     Returns the marginals (L, H, W), float32. Raises ValueError for arrays of
     other shapes or types.

@@ -1,5 +1,8 @@
 """Images, boxes and label images in the layout of PASCAL VOC's devkit, and
-the augmentation of training (section 4.1 of the paper)."""
+the augmentation of training (section 4.1 of the paper).
+
+One file to copy: it needs torch, torchvision, numpy and Pillow.
+"""
 import difflib
 import io
 import math
@@ -299,10 +302,11 @@ class VOCDataset(torch.utils.data.Dataset):
         boxes       (K, 4) float32, as of read_annotation
         labels      (K,) int64, k for the k-th of `classes`
         background  (1, H, W) uint8: 1 outside boxes, 0 inside, 255 padding
+                    (of which `collate` makes 0)
         masks       (M, H, W) uint8: one from each of the M folders `masks`
 
-    `masks` and `truth` are folders, absolute or under root. All masks of the
-    ids in `exact` are read from `truth`. Images without a PNG in the folder
+    `masks`, `truth` and `scored` are folders, absolute or under root. All
+    masks of the ids in `exact` are read from `truth`. Images without a PNG in
     `scored` are left out. DataError is raised on construction; for faults in
     pixels, when the sample is read.
     `paths` is {id: image file}; `annotations` {id: (boxes, labels)} or None,
@@ -326,8 +330,9 @@ class VOCDataset(torch.utils.data.Dataset):
                             "the demo python tools/shapes.py DIR)")
         self.paths = find_images(root, split)
         if scored:
+            folder = self.root / scored
             self.paths = {name: path for name, path in self.paths.items()
-                          if os.path.isfile(f"{scored}/{name}.png")}
+                          if os.path.isfile(folder / f"{name}.png")}
         self.ids = list(self.paths)
         _check_files("image", self.paths.values())
         for paths in zip(*map(self.mask_paths, self.ids)):

@@ -3,13 +3,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# Under a name of its own, since the caller may have a module `models`.
-spec = importlib.util.spec_from_file_location(
-    "bana_models", Path(__file__).with_name("models.py"))
-assert spec and spec.loader
-models = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = models  # where pickle looks for the networks
-spec.loader.exec_module(models)
+# Under a name of its own, since the caller may have a module `models`; once,
+# since pickle looks there for the very class of a network.
+if "bana_models" not in sys.modules:
+    spec = importlib.util.spec_from_file_location(
+        "bana_models", Path(__file__).with_name("models.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["bana_models"] = module
+models = sys.modules["bana_models"]
 
 dependencies = ["torch", "torchvision"]  # and timm, for some files
 WEIGHTS = Path(__file__).parent / "weights"

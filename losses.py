@@ -8,7 +8,8 @@ One file to copy: it needs torch alone. In all of them
                   classifier's row
     H             softmax(temperature * cosine) over the labels
     y_crf, y_ret  (N, H, W), int64 or uint8: two pseudo labels, in 0..L-1
-    ignore_index  in either of them leaves the pixel out
+    ignore_index  in either of them leaves the pixel out; a value that their
+                  type can hold
     S, ~S         the pixels where the two agree, and where they differ
     group         of torch.distributed, whose processes each hold a part of
                   the batch; None: all of it is here

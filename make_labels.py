@@ -107,7 +107,7 @@ def upsampled(config: SimpleNamespace, network: models.BoxClassifier,
     with engine.autocast(config):
         batch = image[None].to(config.device,
                                memory_format=torch.channels_last)
-        features = network.features(batch)[0].float()
+        features = network.features(batch)[0]
     size = image.shape[1:]
     return models.Upsampled(features, size, models.padded_size(size))
 

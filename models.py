@@ -119,7 +119,9 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Pooled(NamedTuple):
-    """Image by image; in an image, bins and grid cells go row by row."""
+    """Image by image; in an image, bins and grid cells go row by row. All in
+    float32 at least.
+    """
     foreground: Tensor  # (sum K_i, bins * bins, C): r
     queries: Tensor  # (J, C): q of the grid cells that hold background
     attention: Tensor  # (N, 1, h, w) in [0, 1]: A, 1 where `background` is
@@ -155,8 +157,11 @@ class BAP(nn.Module):
                 background: Tensor | None = None) -> Pooled:
         """features (N, C, h, w); boxes: N tensors (K_i, 4); image_size (H, W)
         of the images as the network saw them, padding included; background
-        (N, 1, H, W): 1 where a pixel is known to be background, by default
-        outside every box. Other forms: TypeError or ValueError.
+        (N, 1, H, W): 1 where a pixel is known to be background, else 0; by
+        default outside every box. Raises ValueError for other shapes.
+
+        A part of a box that lies outside the image or has no area gives a
+        foreground of zeros: clip boxes to the image, and drop the empty ones.
 
         With boxes and background on the CPU, nothing here waits for a GPU.
         With background, torch.compile makes one graph of it. torch.export
@@ -243,12 +248,16 @@ class Upsampled:
     """A feature map (C, h, w) as if upsampled bilinearly to its image's size,
     at the cost of one channel. It is exact: upsampling commutes with a dot
     product, and the squared norm is a quadratic form of a pixel's four cells.
+    It computes in float32 at least; under autocast it would not.
 
     size (H, W): the pixels asked for. canvas: what the map spans, if the image
     was padded at its right and bottom (`padded_size`); by default, size.
     """
 
     def __init__(self, features: Tensor, size: Size, canvas: Size = ()):
+        # Coordinates and sums over an image are too large for half precision.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        features = features.to(dtype)
         # (h, w, C): of a map in channels_last this is no copy.
         self.features = features.permute(1, 2, 0).contiguous()
         (h, w, _), (height, width) = self.features.shape, canvas or size
@@ -257,6 +266,7 @@ class Upsampled:
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Each pixel's dot product with vectors (K, C): (K, H, W)."""
+        vectors = vectors.to(self.features.dtype)
         maps = vectors @ self.features.flatten(0, 1).T
         maps = maps.view(-1, *self.features.shape[:2])
         return self.rows @ maps @ self.columns.T
@@ -721,6 +731,7 @@ class Network(nn.Module):
         for name in ("mean", "std"):
             colour = torch.as_tensor(colours[name], dtype=torch.float32)
             self.register_buffer(name, colour.view(3, 1, 1))
+        self.train()  # which keeps the statistics from the first batch on
 
     @property
     def fill(self) -> list[int]:

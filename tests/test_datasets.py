@@ -151,8 +151,10 @@ def test_exact_ids_read_the_truth_in_place_of_labels(small, tmp_path):
 
 def test_scored_leaves_out_images_without_a_png(small, tmp_path):
     write_masks(tmp_path / "truth", "ca", 0)
-    dataset, _ = read_all(small, scored=tmp_path / "truth")
-    assert dataset.ids == list(dataset.annotations) == ["a", "c"]
+    write_masks(small / "truth", "b", 0)
+    for folder, ids in (tmp_path / "truth", ["a", "c"]), ("truth", ["b"]):  # absolute, and under root
+        dataset, _ = read_all(small, scored=folder)
+        assert dataset.ids == list(dataset.annotations) == ids
 
 
 def test_an_objects_parts_are_not_objects(tmp_path):

@@ -447,6 +447,17 @@ def test_upsampled_equals_interpolation(map_size, size, canvas, dtype, tolerance
         close(look.mean(masks.to(mask_dtype)), means, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_upsampled_of_half_precision(dtype):
+    """Its own rounding is all that differs: neither sums over the image nor coordinates are rounded to 16 bits."""
+    features, size = random_features(1, 6, 10, 20)[0].to(dtype), (300, 600)
+    look, masks = Upsampled(features, size), torch.ones(1, *size, dtype=torch.bool)
+    vectors = random_features(1, 6, 1, 2)[0].flatten(1).T.to(dtype)
+    close(look.norm, reference.upsampled_norm(features.double(), size), 1e-4)
+    close(look.dot(vectors), reference.upsampled_dot(features.double(), vectors.double(), size), 1e-4)
+    close(look.mean(masks), reference.upsampled_mean(features.double(), masks, size), 1e-4)
+
+
 def test_upsampled_mean_of_weights():
     features, size = random_features(1, 6, 4, 5)[0], (13, 17)
     weights = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -768,11 +779,13 @@ def test_a_fault_of_the_machine_is_no_broken_file(tmp_path, monkeypatch, fault):
 def test_resnet_imagenet_and_its_frozen_batch_norm(hub, name):
     state = random_state(name)
     hub(name, "IMAGENET1K_V1", state)
-    model = DeepLab(3, backbone=name, weights="imagenet").train()
+    model = DeepLab(3, backbone=name, weights="imagenet")
     for key, value in model.backbone.state_dict().items():
         assert torch.equal(value, state[key])
-    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    assert model.head.training
+    for _ in range(2):
+        assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        assert model.head.training
+        model.eval().train()  # what is true at the start is true again
 
 
 def test_timm_from_a_file():
@@ -982,7 +995,7 @@ def test_a_checkpoint_gives_its_backbone(tmp_path, backbone, width):
 def test_a_timm_network_from_a_file_is_a_pretrained_one(tmp_path):
     timm = pytest.importorskip("timm")
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "start.pth")
-    network = DeepLab(3, "timm/tf_efficientnet_lite0", tmp_path / "start.pth").train()
+    network = DeepLab(3, "timm/tf_efficientnet_lite0", tmp_path / "start.pth")
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     slow, fast = ({names[id(p)] for p in group["params"]} for group in network.parameter_groups(1.0, 0.0))
     assert fast == {"classifier.weight", *(f"head.branches.{k}.weight" for k in range(4))}

@@ -86,9 +86,11 @@ def test_activation_maps(seed, norm):
     torch.testing.assert_close(maps, literal_maps(dense, weight, boxes, labels, norm == "box"), rtol=1e-5, atol=1e-9)
 
 
-def test_unaries():
-    up, dense, weight, boxes, labels, outside = scene(1)
+@pytest.mark.parametrize("seed, highest_outside", [(1, False), (2, True)])
+def test_unaries(seed, highest_outside):
+    up, dense, weight, boxes, labels, outside = scene(seed)
     u0 = literal_attention(dense, weight, outside, True)
+    assert (u0[outside].max() > u0[~outside].max()) == highest_outside
     maps = literal_maps(dense, weight, boxes, labels, True)
     result = make_labels.to_probabilities(u0, maps, outside, settings.MakeLabels(threshold=0.6))
     summed = make_labels.to_probabilities(u0, maps, outside, settings.MakeLabels(threshold=0.6, softmax=False))
@@ -164,8 +166,9 @@ def test_logits_are_averaged_over_sizes():
 
 def labels_of(marginals, up, boxes, labels, weight):
     """Ycrf and Yret."""
-    own = make_labels.unions(boxes, labels, [1, 2], (HEIGHT, WIDTH))
-    u = make_labels.Unaries(up, [1, 2], own, None, None, None)
+    classes = sorted(set(labels.tolist()))
+    own = make_labels.unions(boxes, labels, classes, (HEIGHT, WIDTH))
+    u = make_labels.Unaries(up, classes, own, None, None, None)
     before = marginals.clone()
     y_crf = make_labels.label_by_crf(marginals.numpy(), u)
     assert marginals.equal(before)
@@ -176,7 +179,7 @@ def labels_of(marginals, up, boxes, labels, weight):
 @pytest.mark.parametrize("missing", [False, True])
 def test_retrieval(seed, missing):
     """Random marginals' Ycrf and Yret; or those of a CRF that leaves the second class nothing."""
-    up, dense, weight, boxes, labels, outside = scene(seed)
+    up, dense, weight, boxes, labels, outside = scene(seed, labels=(3, 1, 3))
     marginals = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
     marginals[:, outside] = torch.tensor([1.0, 0, 0])[:, None]
     marginals[2] *= not missing
@@ -184,11 +187,11 @@ def test_retrieval(seed, missing):
     pixels = [(y, x) for y in range(HEIGHT) for x in range(WIDTH)]
     own = {p: {c for (x0, y0, x1, y1), c in zip(boxes.tolist(), labels.tolist())
                if y0 <= p[0] < y1 and x0 <= p[1] < x1} for p in pixels}
-    y_crf = {p: max({0, *own[p]}, key=lambda c: marginals[(c, *p)]) for p in pixels}
-    prototypes = []
-    for c in (0, 1, 2):
+    channel, prototypes = {0: 0, 1: 1, 3: 2}, {}
+    y_crf = {p: max({0, *own[p]}, key=lambda c: marginals[(channel[c], *p)]) for p in pixels}
+    for c in channel:
         members = [dense[:, y, x] for y, x in pixels if y_crf[y, x] == c]
-        prototypes.append(sum(members) / len(members) if members else weight[c])
+        prototypes[c] = sum(members) / len(members) if members else weight[c]
     for y, x in pixels:
         allowed = {0, *own[y, x]}
         cosines = {c: max(0.0, F.cosine_similarity(dense[:, y, x], prototypes[c], dim=0).item()) for c in allowed}

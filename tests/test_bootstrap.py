@@ -26,6 +26,23 @@ def test_two_images():
         assert abs(count - 4000 * share) < 5 * math.sqrt(4000 * share * (1 - share))
 
 
+def test_pairs_seeds_and_percentiles():
+    right, wrong = np.array([[4, 0, 0], [0, 0, 0]]), np.array([[0, 0, 4], [0, 0, 0]])
+    one, two, none = (np.stack(images) for images in (
+        (right, wrong, wrong), (right, right, wrong), (wrong, wrong, wrong)))
+    # Two seeds in another order: any draw of the same images has the same mean on both sides.
+    _, result = bootstrap.bootstrap([one, two], [two, one], ["a", "b"], 500)
+    assert not result.bootstrap_distribution.any()
+    whole, _ = bootstrap.bootstrap([one, two], [none, none], ["a", "b"], 500)
+    assert whole == pytest.approx(50)
+    whole, result = bootstrap.bootstrap([one], [none], ["a", "b"], 4000)
+    assert whole == pytest.approx(100 / 3)
+    assert np.allclose(result.confidence_interval, np.percentile(result.bootstrap_distribution, [2.5, 97.5]))
+    assert np.allclose(result.confidence_interval, [0, 100])  # of 27 draws 8 have no right image, one has only those
+    _, again = bootstrap.bootstrap([one], [none], ["a", "b"], 4000)
+    assert np.array_equal(again.bootstrap_distribution, result.bootstrap_distribution)
+
+
 def test_it_is_the_mean_over_classes_of_scores(tmp_path, monkeypatch, capsys):
     """The truth itself minus labels of nothing but background: 100 minus the background's share / 7."""
     monkeypatch.chdir(tmp_path)

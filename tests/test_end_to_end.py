@@ -218,7 +218,8 @@ def test_a_list_is_scored_on_the_images_that_have_a_mask(work, tmp_path):
     for split in ("Main/whole", "whole", "masked"):
         done = command("make_labels", f"make_labels.splits=[{split}]", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert command("eval", f"eval.split={split}", cwd=tmp_path).returncode == 0
+        evaluated = command("eval", f"eval.split={split}", cwd=tmp_path)
+        assert evaluated.stdout.count("segmenter, plain") == 1, evaluated.stderr  # in the summary: of this list
     labels = json.loads((tmp_path / "runs/shapes/labels/scores.json").read_text())
     assert labels["Main/whole"] == labels["whole"] == labels["masked"]
     assert labels["whole"]["Ycrf"]["images"] == len(names) - 1
@@ -429,8 +430,11 @@ def test_labels_remember_the_settings_that_made_them(spoilt, capsys, monkeypatch
 
 
 def test_labels_of_corrected_boxes_are_made_again(spoilt, capsys, monkeypatch):
-    """One image's, of every kind; the others stay. A start that ends while it removes them loses nothing."""
+    """One image's, of every kind; the others stay, also after a start with another list alone. A start that ends while
+    it removes them loses nothing."""
     import make_labels
+    monkeypatch.setattr(sys, "argv", ["make_labels.py", *SMALL, "make_labels.splits=[train]"])
+    runs.launch("make_labels", make_labels.main)
     monkeypatch.setattr(sys, "argv", ["make_labels.py", *SMALL])
     folder, name = Path("runs/shapes/labels"), datasets.read_list("data/shapes", "val")[1]
     files = {path: path.read_bytes() for path in folder.rglob("*.png")}

@@ -217,11 +217,31 @@ def test_each_rank_draws_a_dropout_of_its_own(tmp_path, monkeypatch):
         drawn.append(torch.rand(()).item())
         return {"loss": network.layer.bias.sum()}
 
-    for rank in range(3):
+    for rank, seed in (0, 0), (1, 0), (2, 0), (1, 7):
         monkeypatch.setattr(runs, "rank", lambda rank=rank: rank)
         with suppress(FileNotFoundError):  # rank 0 alone writes
-            train_tiny(tmp_path / str(rank), draw, batch=3)
-    assert len(drawn) == len(set(drawn)) == 3 * 7
+            train_tiny(tmp_path / f"{rank} {seed}", draw, batch=3, seed=seed)
+    assert len(drawn) == len(set(drawn)) == 4 * 7
+
+
+def test_more_ranks_may_go_on(tmp_path, monkeypatch):
+    """One that the checkpoint knows nothing of takes up the others' iteration."""
+    count = 0
+
+    def stop(network, batch):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, stop)
+    monkeypatch.setattr(runs, "rank", lambda: 1)
+    count = 10
+    with suppress(FileNotFoundError):
+        train_tiny(tmp_path, stop)
+    assert count == 10 + 3  # from iteration 4 to 7
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):

@@ -87,13 +87,14 @@ def test_a_published_network_labels_and_segments_under_any_settings(tmp_path):
         torch.nn.init.normal_(network.classifier.weight)
         described = dict(kind=type(network).__name__, backbone="vgg16_bn", width=0.0625)
         torch.save(dict(model=network.state_dict(), classes=list(SHAPES), network=described,
-                        settings={"train_seg.temperature": 5.0, "data.root": "/somewhere"}), tmp_path / f"{name}.pt")
+                        settings={"train_seg.temperature": 5.0, "data.root": "/somewhere"},
+                        chosen="chosen on 3 images"), tmp_path / f"{name}.pt")
         subprocess.run([sys.executable, ROOT / "tools/half.py", f"{name}.pt", f"half/{name}.pth"], cwd=tmp_path,
                        check=True)
         with zipfile.ZipFile(tmp_path / f"half/{name}.pth") as archive:
             assert {item.compress_type for item in archive.infolist()} == {zipfile.ZIP_DEFLATED}
         content = torch.load(tmp_path / f"half/{name}.pth")
-        assert set(content) == {"network", "classes", "model", "settings"}
+        assert set(content) == {"network", "classes", "model", "settings", "chosen"}
         assert content["settings"] == {"train_seg.temperature": 5.0}
         for key, value in content["model"].items():
             whole = network.state_dict()[key]
@@ -123,8 +124,15 @@ def test_a_published_network_labels_and_segments_under_any_settings(tmp_path):
         ours, theirs = (np.array(Image.open(tmp_path / f"runs/{run}/labels/{kind}/{picture.stem}.png"))
                         for run in ("shapes", "turned"))
         assert ours.any() and (np.where(theirs, len(SHAPES) + 1 - theirs, 0) == ours).all()
-    broken = tmp_path / "broken.pt"
+    broken, bare, large = (tmp_path / f"{name}.pt" for name in ("broken", "bare", "large"))
     broken.write_bytes(b"nothing")
-    done = subprocess.run([sys.executable, ROOT / "tools/half.py", broken, "out.pth"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"{broken}: not a file of weights")
+    torch.save(networks["seg"].state_dict(), bare)
+    content = torch.load(tmp_path / "seg.pt")
+    content["model"]["classifier.weight"][0, 0] = 1e6
+    torch.save(content, large)
+    for file, words in ((broken, f"{broken}: not a file of weights"), (bare, f"{bare}: not a cls.pt or seg.pt"),
+                        (large, "as float16: holds infinity in classifier.weight")):
+        done = subprocess.run([sys.executable, ROOT / "tools/half.py", file, "out.pth"], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(words)
+        assert not (tmp_path / "out.pth").exists()

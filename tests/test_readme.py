@@ -184,10 +184,10 @@ def labels_of(run, kind, split="test"):
     return files and files["labels/scores.json"][f"Segmentation/{split}"][kind]
 
 
-def segmenter_of(run, method):
+def segmenter_of(run, method, split="test"):
     """Likewise of a segmenter, plain or final."""
     results = published().get(f"voc2007_{run}", {}).get("eval.json", {})
-    return next((scores for key, scores in results.items() if key.startswith("Segmentation/test, ")
+    return next((scores for key, scores in results.items() if key.startswith(f"Segmentation/{split}, ")
                  and ("CRF" in key) == (method == "final")), None)
 
 
@@ -267,6 +267,9 @@ def test_the_table_of_crops_is_what_the_runs_say():
             ("length_4000", "Ycrf"), ("length_4000", "Yret"), ("length_4000_improved", "Ycrf")]
     found = table("| crops | Ycrf | Yret | Ycrf from logits |")
     assert sum(found[:2], []) == [cell(labels_of(*run, "val")) for run in runs]
+    found = table("| crops of stage 3 | plain | final |")
+    assert sum(found[:2], []) == [cell(segmenter_of(f"seg_length_{iterations}", method, "val"))
+                                  for iterations in (750, 1500) for method in ("plain", "final")]
 
 
 def test_published_runs_follow_the_recipe():
@@ -276,6 +279,13 @@ def test_published_runs_follow_the_recipe():
         made = yaml.safe_load(files.get("settings.yaml", "{}"))
         for stage in own.keys() & made.keys():
             expected = json.loads(json.dumps(dataclasses.asdict(getattr(recipe, stage))))  # tuples to lists
-            longer = {"iterations"} if "length_4000" in run else set()
+            another = {"iterations"} if any(name in run for name in ("length_4000", "seg_length_750")) else set()
             changed = {key for key in made[stage] if made[stage][key] != expected[key]}
-            assert changed <= own[stage] | longer, (run, stage)
+            assert changed <= own[stage] | another, (run, stage)
+        made = files.get("labels/made_with.json", {"settings": {}})["settings"]
+        expected = json.loads(json.dumps(dataclasses.asdict(recipe.make_labels)))
+        expected |= {"u0": not run.endswith(("_nou0", "_nothing")),
+                     "threshold": 0 if run.endswith("_nothing") else 0.99,
+                     "unary": "logits" if run.endswith("_improved") else "attention"}
+        for key in (key for key in made if key.startswith("make_labels.")):
+            assert made[key] == expected[key.removeprefix("make_labels.")], (run, key)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -243,6 +244,17 @@ def test_a_run_can_be_repeated_from_its_settings(tmp_path, monkeypatch):
     for line in lines:
         assert f"torch {torch.__version__.split('+')[0]}" in line
         assert "commit " in line and "numpy " in line
+
+
+def test_changed_code_is_not_the_commits(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=me", "-c", "user.email=me@here"]
+    (tmp_path / "models.py").write_text("1\n")
+    for command in ["init", "-q"], ["add", "models.py"], ["commit", "-qm", "first"]:
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert "-dirty" not in runs.versions()
+    (tmp_path / "models.py").write_text("2\n")
+    assert "-dirty, Python" in runs.versions()
 
 
 def test_another_segmenter_and_photographs_are_not_repeated(tmp_path, monkeypatch):

@@ -116,6 +116,9 @@ def test_the_scores_and_losses_are_those_of_one_process(folders):
 def test_only_one_process_speaks(folders):
     said = (folders[1].parents[1] / "eval.out").read_text()
     assert said.count("segmenter on val") == 1
+    for name in "eval.json", "labels/scores.json":
+        one, several = (re.findall(r'"images": (\d+)', (run / name).read_text()) for run in folders)
+        assert one == several and one
 
 
 NAMES = "noise_aware_loss", "cross_entropy", "agreement_loss", "entropy_loss", "bootstrap_loss"

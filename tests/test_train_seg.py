@@ -1,6 +1,7 @@
 """Stage 3 on labels from anywhere: one folder or two, their content remembered."""
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -92,11 +93,12 @@ def test_the_loss_that_the_settings_name(loss):
 
 
 def test_labels_are_remembered_by_content(folder):
-    labels = "labels=[SegmentationClassAug]"
+    """Those of the second folder, too."""
+    labels, second = "labels=[SegmentationClassAug, second]", folder / "second"
+    shutil.copytree(folder / "data/shapes/SegmentationClassAug", second)
     assert train(folder, labels).returncode == 0
     assert "finished before" in train(folder, labels).stdout
-    name = datasets.read_list(folder / "data/shapes", "train")[0]
-    path = folder / f"data/shapes/SegmentationClassAug/{name}.png"
+    path = second / f"{datasets.read_list(folder / 'data/shapes', 'train')[0]}.png"
     datasets.write_mask(path, np.array(Image.open(path))[::-1])
     line = last_line(train(folder, labels))
     assert "content of labels" in line and "overwrite=true" in line
@@ -216,7 +218,7 @@ def test_a_folder_remembers_every_setting_that_decides_it(work, monkeypatch, mai
     made = []
 
     def stop(config, folder, script, made_with, source):
-        made.append((script, made_with.keys() - {"train_seg.temperature"}))
+        made.append((script, made_with.keys()))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "discard_outdated", stop)
@@ -224,7 +226,8 @@ def test_a_folder_remembers_every_setting_that_decides_it(work, monkeypatch, mai
     with pytest.raises(KeyboardInterrupt):
         start(main, *arguments)
     (script, keys), = made
-    assert keys == names_of(script, left_out) | COMMON
+    others = {"train_seg.temperature"} if script == "eval" else set()  # of weights that do not say theirs
+    assert keys == names_of(script, left_out) | COMMON | others
 
 
 def test_a_segmenter_names_every_setting_that_decides_it(work):
@@ -285,6 +288,8 @@ def test_the_scores_are_those_of_eval_and_the_best_says_who_chose_it(work, monke
     assert list(results) == ["val, plain", "val, plain, chosen on 3 images of val"]
     assert results["val, plain, chosen on 3 images of val"]["method"] == "plain, chosen on 3 images of val"
     assert results["val, plain"]["network"] != results["val, plain, chosen on 3 images of val"]["network"]
+    start(evaluation.main)
+    assert json.loads((run / "eval.json").read_text()) == results
     assert (run / "curves.png").is_file()
 
     start(train_seg.main, "train_seg.lr=0.01", "run.overwrite=true")  # another training's best would be left behind

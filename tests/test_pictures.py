@@ -125,7 +125,7 @@ def test_more_heat_is_brighter():
 
 
 @pytest.mark.parametrize("boxes, labels", [
-    (((3, 2, 14, 17), (10, 5, 28, 19), (4, 4, 9, 9)), (2, 1, 2)), ((), ())])
+    (((3, 2, 14, 17), (10, 5, 28, 19), (4, 4, 9, 9)), (3, 1, 3)), ((), ())])
 def test_what_is_kept_of_attention_and_activation(boxes, labels):
     up, dense, weight, boxes, labels, outside = scene(0, boxes, labels)
     network = SimpleNamespace(features=lambda image: up.features.permute(2, 0, 1)[None],
@@ -134,12 +134,25 @@ def test_what_is_kept_of_attention_and_activation(boxes, labels):
     sample = {"id": "x", "image": torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8), "boxes": boxes, "labels": labels,
               "background": outside[None].byte()}
     u = make_labels.unaries(config, network, sample)
-    u0 = literal_attention(dense, weight, outside, True).masked_fill(outside, 1)
+    attention = literal_attention(dense, weight, outside, True)
     maps = literal_maps(dense, weight, boxes, labels, True)
     pictures_of = map(np.array, make_labels.heat(u))
-    for found, expected in zip(pictures_of, (u0, maps.amax(0) if len(maps) else torch.zeros(HEIGHT, WIDTH))):
+    kept = attention.masked_fill(outside, 1), maps.amax(0) if len(maps) else torch.zeros(HEIGHT, WIDTH)
+    for found, expected in zip(pictures_of, kept):
         assert found.dtype == np.uint8
         assert (torch.from_numpy(found) - 255 * expected).abs().max() < 1.01  # of 255; cut off, not rounded
+    # What the CRF starts from: of A as it is outside the boxes, too; of the logits of these classes.
+    u0 = attention * (attention >= 0.99 * attention.max())
+    certain = torch.eye(1 + len(maps), dtype=torch.float64)[0][:, None, None]
+    expected = torch.where(outside, certain, torch.cat((u0[None], maps)).softmax(0))
+    torch.testing.assert_close(u.probabilities, expected, rtol=1e-5, atol=1e-6)
+    config.make_labels.unary, config.make_labels.sizes = "logits", (1.0,)
+    classes = sorted({*labels.tolist()})
+    own = make_labels.unions(boxes, labels, classes, (HEIGHT, WIDTH))
+    expected = make_labels.logit_probabilities(torch.einsum("kc,cyx->kyx", weight[[0, *classes]], dense), own, up,
+                                               config.make_labels)
+    found = make_labels.unaries(config, network, sample).probabilities
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kept_pictures_are_made_again_where_one_is_missing(folder, monkeypatch):

@@ -3,6 +3,7 @@ in data/VOCdevkit/VOC2012; a step takes one image of its list train.
 
 The two labels here are stand-ins: whole boxes, and boxes without their rims.
 Any two (N, H, W) tensors of labels will do, such as Ycrf and Yret from files.
+Cells lie exactly on their pixels if images are padded first, as in bap.py.
 """
 import torch
 from torch.nn import functional as F

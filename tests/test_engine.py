@@ -1,5 +1,6 @@
 """The training loop and the scores."""
 import dataclasses
+import itertools
 import math
 from contextlib import suppress
 from types import SimpleNamespace
@@ -149,6 +150,18 @@ def square_until(file):
     return stop
 
 
+def square_until_the_sixth():
+    """The same, but Ctrl-C in the sixth iteration."""
+    iterations = itertools.count(1)
+
+    def stop(network, batch):
+        if next(iterations) == 6:
+            raise KeyboardInterrupt
+        return square(network, batch)
+
+    return stop
+
+
 def test_the_steps_are_those_of_sgd_by_hand(tmp_path):
     """Of a gradient of 1: v = 0.9 v + 1 + 5e-4 b, then b -= 0.1 (1 - i / 7)^0.9 v."""
     seen = []
@@ -226,37 +239,19 @@ def test_each_rank_draws_a_dropout_of_its_own(tmp_path, monkeypatch):
 
 def test_more_ranks_may_go_on(tmp_path, monkeypatch):
     """One that the checkpoint knows nothing of takes up the others' iteration."""
-    count = 0
-
-    def stop(network, batch):
-        nonlocal count
-        count += 1
-        if count == 6:
-            raise KeyboardInterrupt
-        return square(network, batch)
-
     with pytest.raises(KeyboardInterrupt):
-        train_tiny(tmp_path, stop)
+        train_tiny(tmp_path, square_until_the_sixth())
     monkeypatch.setattr(runs, "rank", lambda: 1)
-    count = 10
+    batches = []
     with suppress(FileNotFoundError):
-        train_tiny(tmp_path, stop)
-    assert count == 10 + 3  # from iteration 4 to 7
+        train_tiny(tmp_path, lambda network, batch: batches.append(batch) or square(network, batch))
+    assert len(batches) == 3  # from iteration 4 to 7
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     whole = train_tiny(tmp_path / "whole", square)
-    count = 0
-
-    def stop(network, batch):
-        nonlocal count
-        count += 1
-        if count == 6:
-            raise KeyboardInterrupt
-        return square(network, batch)
-
     with pytest.raises(KeyboardInterrupt):
-        train_tiny(tmp_path / "stopped", stop)
+        train_tiny(tmp_path / "stopped", square_until_the_sixth())
     resumed = train_tiny(tmp_path / "stopped", square)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert not (tmp_path / "stopped" / "cls.pt.partial").exists()

@@ -818,7 +818,8 @@ class DeepLab(Network):
     def forward(self, images: Tensor) -> Tensor:
         """images (N, 3, H, W) -> cos(phi(p), W_c): (N, L, H, W)."""
         (height, width), size = images.shape[2:], padded_size(images.shape[2:])
-        phi = F.normalize(self.features(images), dim=1)
+        # eps: after a ReLU phi may be 0, and half precision rounds 1e-12 to 0.
+        phi = F.normalize(self.features(images), dim=1, eps=1e-6)
         rows = F.normalize(self.classifier.weight, dim=1)[:, :, None, None]
         cosine = F.interpolate(
             F.conv2d(phi, rows).float(), size, mode="bilinear",

@@ -577,6 +577,14 @@ def test_deeplab_pads_with_the_mean_colour_at_the_right_and_bottom():
         torch.testing.assert_close(model(images), model(padded)[..., :40, :52], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_deeplab_where_a_feature_is_zero(dtype):
+    """As after a ReLU: its cosines are 0, and not 0 / 0."""
+    model = small().to(dtype)
+    model.features = lambda images: torch.zeros(1, model.classifier.in_features, 5, 5, dtype=dtype)
+    assert (model(torch.zeros(1, 3, 33, 33)) == 0).all()
+
+
 def test_boxes_of_several_types():
     """An image without any may have an empty tensor of integers, which must not round the others'."""
     features, box = random_features(2, 3, 9, 9).float(), torch.tensor([[0.5, 0.5, 10.5, 10.5]])

@@ -1,5 +1,6 @@
 """The training loop of stages 1 and 3, and the scores of label images."""
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,7 +219,8 @@ def step(config: SimpleNamespace, model: nn.Module, batch: dict,
 
 def read_values(script: str, unread: list) -> dict[str, float]:
     """The latest of these values as numbers; a loss that is not finite ends
-    the run. Only here does training wait for the device.
+    the run. Only here does training wait for the device (and in batch
+    normalisation over several GPUs, which is torch's).
     """
     table = torch.stack([torch.stack([v.float() for v in values.values()])
                          for _, _, values in unread]).tolist()
@@ -278,7 +280,7 @@ def resume(config: SimpleNamespace, partial: Path, made_with: dict,
     except (UsageError, torch.cuda.OutOfMemoryError):
         raise
     except models.BROKEN as error:
-        if "can't allocate memory" in str(error):
+        if re.search("can't allocate memory|CUDA error", str(error)):
             raise
         raise UsageError(f"{partial}: not a checkpoint of this network; "
                          "delete it to start this stage again") from None

@@ -470,6 +470,7 @@ def main():
     if not GPU:
         depthwise()
     inputs = input_pipeline()
+    torch.backends.cudnn.benchmark = False  # as in the other stages
     with tempfile.TemporaryDirectory() as folder:
         label, plain = labelling(Path(folder)), evaluating(Path(folder))
     title(f"the full VOC with VGG-16 at these rates, {WORKERS} workers", "hours")

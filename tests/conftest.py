@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once in a process; tests of `deterministic` need it
 
 # A process that has imported what takes seconds; each script is a fork of it.
 SERVER = multiprocessing.get_context("forkserver")

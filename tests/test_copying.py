@@ -93,8 +93,8 @@ def test_example_of_the_readme(tmp_path, torch_home, module):
 
 def test_example_of_labels(tmp_path):
     """Ycrf as make_labels.py writes it, with the same settings."""
-    config = ["train_cls.width=0.0625", "run.workers=0", "make_labels.pictures=0", "make_labels.splits=[val]",
-              "make_labels.crf_bilateral=[4, 55, 3]", "make_labels.crf_gaussian=[3, 3]"]
+    config = ["train_cls.width=0.0625", "run.workers=0", "run.device=cpu", "make_labels.pictures=0",
+              "make_labels.splits=[val]", "make_labels.crf_bilateral=[4, 55, 3]", "make_labels.crf_gaussian=[3, 3]"]
     make_shapes(tmp_path / "data/shapes", train=1, val=1)
     torch.manual_seed(0)
     network = models.BoxClassifier(len(SHAPES), "vgg16_bn", width=0.0625)

@@ -21,7 +21,7 @@ from tools.shapes import SHAPES, make_shapes
 
 SMALL = ["train_cls.iterations=4", "train_seg.iterations=4", "train_cls.batch=4", "train_seg.batch=4",
          "train_cls.crop=65", "train_seg.crop=65", "train_cls.width=0.0625", "train_seg.width=0.0625", "run.workers=0",
-         "run.log_every=2", "make_labels.crf_iterations=2", "eval.crf_iterations=2", "eval.panels=2"]
+         "run.device=cpu", "run.log_every=2", "make_labels.crf_iterations=2", "eval.crf_iterations=2", "eval.panels=2"]
 
 
 def command(script, *arguments, cwd):

@@ -359,15 +359,20 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_last_checkpoint(tmp_path, mon
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
-def test_memory_that_is_short_does_not_ask_to_delete_a_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("function, words", [
+    ("load", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ("set_rng_state", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ("set_rng_state", "CUDA error: unspecified launch failure")])
+def test_what_the_machine_lacks_does_not_ask_to_delete_a_checkpoint(tmp_path, monkeypatch, function, words):
     stop = square_until(tmp_path / "cls.pt.partial")
-    def load(*arguments, **settings):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    def fail(*arguments, **settings):
+        raise RuntimeError(words)
 
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path, stop)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="^DefaultCPUAllocator: can't allocate"):
-        patch.setattr(torch, "load", load)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=f"^{words}$"):
+        patch.setattr(torch, function, fail)
         train_tiny(tmp_path, square)
     train_tiny(tmp_path, square)
 

@@ -25,7 +25,7 @@ import settings
 from tools.shapes import SHAPES, make_shapes
 
 SMALL = ["train_cls.iterations=8", "train_cls.batch=2", "train_cls.crop=65", "train_cls.width=0.0625",
-         "run.log_every=2", "run.save_every=2", "make_labels.crf_iterations=2"]
+         "run.device=cpu", "run.log_every=2", "run.save_every=2", "make_labels.crf_iterations=2"]
 
 
 @pytest.fixture(scope="module")

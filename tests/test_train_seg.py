@@ -27,7 +27,7 @@ import train_seg
 from tools.shapes import make_shapes
 
 SMALL = ["train_seg.iterations=2", "train_seg.batch=2", "train_seg.crop=65", "train_seg.width=0.0625",
-         "train_seg.weights=none", "run.workers=0", "eval.panels=0", "eval.scales=[1.0]"]
+         "train_seg.weights=none", "run.workers=0", "run.device=cpu", "eval.panels=0", "eval.scales=[1.0]"]
 
 
 @pytest.fixture

@@ -186,10 +186,9 @@ def label_by_prototypes(y_crf: Tensor, u: Unaries, w: Tensor) -> Tensor:
     masks = y_crf.to(w.device) == labels[:, None, None]
     found = masks.any(2).any(1)[:, None]
     prototypes = torch.where(found, u.up.mean(masks), w[labels])
-    everywhere = torch.ones(1, *y_crf.shape, dtype=torch.bool)
-    allowed = torch.cat((everywhere, u.own)).to(w.device)
     cosine = F.relu(u.up.cosine(prototypes))
-    return labels[cosine.masked_fill(~allowed, -1).max(0).indices]
+    cosine[1:].masked_fill_(~u.own.to(w.device), -1)
+    return labels[cosine.max(0).indices]
 
 
 def label_by_boxes(boxes: Tensor, labels: Tensor,

@@ -234,8 +234,7 @@ def hold(config: SimpleNamespace) -> None:
 
 
 def lock(file: IO) -> None:
-    """Locks a file, or raises at once if another process holds it. The lock
-    ends with this process."""
+    """Locks a file, or raises at once if another process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows, where none can read a locked byte
@@ -384,8 +383,7 @@ def write_settings(config: SimpleNamespace, script: str) -> None:
         earlier = (yaml.safe_load(before) or {}) | {}
     header = {line.split(":")[0]: line for line in before.splitlines()
               if line.startswith("# ")}
-    now = json.loads(json.dumps(  # tuples to lists
-        {name: asdict(getattr(config, name)) for name in settings.SECTIONS}))
+    now = {name: asdict(getattr(config, name)) for name in settings.SECTIONS}
     # These were meant for this once.
     now["run"]["overwrite"] = False
     now["eval"] |= dict(weights="", images="")
